@@ -1,0 +1,3 @@
+"""everydream: fine-tunes Stable Diffusion on your own pictures."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,64 @@
+"""Failures that are the user's to mend: message = where + value + what to do. Everything else is an assertion of ours.
+
+Exit codes (README, docs/reliability.md): 0 done · 2 settings or data · 3 diverged · 4 no valid checkpoint ·
+5 cannot save · 128+n stopped by signal n, and saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class EveryDreamError(Exception):
+    """Printed without a traceback; `exit_code` is the script's exit status."""
+
+    exit_code = 1
+
+
+class _Problems(EveryDreamError):
+    """One or many problems, reported together."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Iterable[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[_Problems], tuple[tuple[str, ...]]]:
+        # Data workers send their errors through pickle, which would call __init__ with the joined message.
+        return type(self), (self.problems,)
+
+
+class ConfigError(_Problems):
+    """A setting, a settings file or the command line is wrong."""
+
+
+class DataError(_Problems):
+    """A picture, a caption or a data folder is wrong."""
+
+
+class DivergedError(EveryDreamError):
+    """The loss or the gradients stay non-finite."""
+
+    exit_code = 3
+
+
+class CheckpointError(EveryDreamError):
+    """Checkpoints exist, and none of them is valid."""
+
+    exit_code = 4
+
+
+class SaveError(EveryDreamError):
+    """Checkpoints cannot be written."""
+
+    exit_code = 5
+
+
+class Stopped(EveryDreamError):
+    """Stopped by a signal, after saving."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by signal {signum}")
+        self.signum = signum
+        self.exit_code = 128 + signum
