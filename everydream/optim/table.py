@@ -13,6 +13,7 @@ from typing import Any
 
 LR = 1e-6  # AdamW's learning rate for fine-tuning all weights of Stable Diffusion; other rows are given relative to it
 HYPERPARAMETERS = ("betas", "epsilon", "weight_decay")
+SCHEDULES = ("constant", "linear", "cosine", "polynomial", "cosine_with_restarts")  # the functions: schedules.py
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Row:
     `hyperparameters`: which of betas, epsilon, weight_decay it has; the others, where set, are reported as unused.
     `defaults`: lr and those hyperparameters. `arguments`: our name → the constructor's, where they differ.
     `fixed`: what the factory always passes; `args` in optimizer.json may override it.
-    `cannot_*`, `needs_cuda`: a reason, empty where there is none.
+    `on_cpu`: what a CPU does differently. `cannot_*`: a reason, empty where there is none.
     """
 
     name: str
@@ -37,9 +38,10 @@ class Row:
     notes: str = ""
     state_bits: int = 32  # of each moment, for tensors of at least 4,096 elements
     moments: float = 2  # stored per weight; Adafactor keeps a row and a column of each matrix: 0
-    fused_flag: bool = False  # takes fused=True, and then `grad_scale`/`found_inf`: a step can be skipped on the device
+    fused_flag: bool = False  # takes fused=True: one kernel for all tensors
+    can_skip_on_device: bool = False  # looks at `found_inf` itself, so that the host need not wait for it
     has_train_eval: bool = False  # optimizer.eval() before saving, previews and validation, optimizer.train() after
-    needs_cuda: str = ""
+    on_cpu: str = ""
     cannot_clip: str = ""
     cannot_schedule: str = ""  # other than constant (with or without warm-up)
     cannot_fuse: str = ""  # fused_backward
@@ -61,30 +63,26 @@ class Row:
     def may_round(self) -> bool:
         return not self.cannot_round
 
-    @property
-    def can_skip_on_device(self) -> bool:
-        return self.fused_flag
-
 
 _ADAM = {"lr": LR, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01}
 _LION = {"lr": LR / 10, "betas": (0.9, 0.99), "weight_decay": 0.0}
-_PAGED = "paged state lives in CUDA's managed memory, which a CPU does not have"
+_PAGED = "paging needs CUDA: on a CPU it runs exactly as {} does"
 
 _ROWS = (
     Row("adamw", "torch.optim.AdamW", "the reference: exact, fast, 8 bytes of state a weight", defaults=_ADAM,
-        fused_flag=True),
+        fused_flag=True, can_skip_on_device=True),
     Row("adamw8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with its state in 8 bits: the default on a GPU",
-        defaults=_ADAM, package="bitsandbytes", state_bits=8,
-        notes="about ten times slower than adamw on a CPU"),
+        defaults=_ADAM, package="bitsandbytes", state_bits=8, on_cpu="it is about ten times slower than adamw there"),
     Row("lion", "lion_pytorch.Lion", "the sign of a momentum: half of AdamW's state; a tenth of its lr",
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="lion-pytorch", moments=1),
     Row("lion8bit", "bitsandbytes.optim.Lion8bit", "Lion with its momentum in 8 bits: 1 byte of state a weight",
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1),
     Row("paged_adamw8bit", "bitsandbytes.optim.PagedAdamW8bit", "adamw8bit whose state may move to host memory",
-        defaults=_ADAM, package="bitsandbytes", state_bits=8, needs_cuda=_PAGED),
+        defaults=_ADAM, package="bitsandbytes", state_bits=8,
+        on_cpu=_PAGED.format("adamw8bit")),
     Row("paged_lion8bit", "bitsandbytes.optim.PagedLion8bit", "lion8bit whose state may move to host memory",
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1,
-        needs_cuda=_PAGED),
+        on_cpu=_PAGED.format("lion8bit")),
     Row("ademamix8bit", "bitsandbytes.optim.AdEMAMix8bit", "AdamW with a second, slow momentum: long runs",
         defaults={**_ADAM, "betas": (0.9, 0.999, 0.9999)}, package="bitsandbytes", state_bits=8, moments=3),
     Row("adafactor", "torch.optim.Adafactor", "almost no state: a row and a column of each matrix",
@@ -93,12 +91,13 @@ _ROWS = (
         defaults={"lr": 30 * LR, "weight_decay": 0.0}, moments=0,
         notes="lr is relative to the size of the weights; epsilon is a pair, give it as args.eps"),
     Row("muon", "everydream.optim.muon.MuonWithAdamW", "orthogonalised momentum for matrices, AdamW for all else",
-        defaults=_ADAM, moments=1.5,
+        defaults=_ADAM, moments=1.5, fused_flag=True,
         # Update RMS equal to AdamW's (Liu et al. 2025, "Muon is scalable for LLM training"), so that one lr suits both.
         fixed={"adjust_lr_fn": "match_rms_adamw"},
         notes="torch's Muon takes 2-D weights only; convolutions, norms and biases are AdamW's"),
     Row("sgd", "torch.optim.SGD", "plain gradient descent: no state without args.momentum",
-        hyperparameters=("weight_decay",), defaults={"lr": 1e-3, "weight_decay": 0.0}, moments=0, fused_flag=True),
+        hyperparameters=("weight_decay",), defaults={"lr": 1e-3, "weight_decay": 0.0}, moments=0,
+        fused_flag=True, can_skip_on_device=True),
     Row("prodigy", "prodigyopt.Prodigy", "AdamW that finds its own lr; leave lr at 1",
         defaults={"lr": 1.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
         package="prodigyopt", extra="prodigy", moments=4,

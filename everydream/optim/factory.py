@@ -1,0 +1,168 @@
+"""From a row of the table to an optimizer: checked before weights are loaded, imported only when chosen."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+
+from everydream.errors import ConfigError
+from everydream.optim.groups import Group, param_groups
+from everydream.optim.table import HYPERPARAMETERS, Row, row_of, unknown
+
+
+def check(
+    name: str,
+    args: Mapping[str, Any],
+    *,
+    lr: float | None = None,
+    betas: Sequence[float] | None = None,
+    epsilon: float | None = None,
+    weight_decay: float | None = None,
+    device: str = "cpu",
+) -> list[str]:
+    """Build the optimizer once on a dummy weight, so that whatever is wrong with it is said before weights are loaded.
+
+    Returns what to tell the user once: hyperparameters without effect, and what this device does differently.
+    Raises ConfigError: unknown name, missing package, not an optimizer, unknown or refused arguments.
+    """
+    row, cls = _load(name)
+    dummy = Group("check", "dummy", ("dummy",), (torch.nn.Parameter(torch.zeros(2, 2)),))
+    given = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+    try:
+        make(name, [dummy], lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, args=args)
+    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        settings = {"lr": lr, **given, **args}
+        shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
+        raise ConfigError(
+            f"optimizer {name!r} refuses its settings ({shown}): {error or type(error).__name__}"
+        ) from error
+    notes = [
+        f"{key} {value} is not used: {row.cls} has no such setting"
+        for key, value in given.items()
+        if value is not None and key not in _taken(row, cls)
+    ]
+    return notes + ([f"{name}: {row.on_cpu}"] if row.on_cpu and torch.device(device).type == "cpu" else [])
+
+
+def make(
+    name: str,
+    groups: Sequence[Group],
+    *,
+    lr: float | None = None,
+    betas: Sequence[float] | None = None,
+    epsilon: float | None = None,
+    weight_decay: float | None = None,
+    args: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> torch.optim.Optimizer:
+    """The optimizer of one part. None means the row's default; what the row does not have is left out.
+
+    Schedule-free optimizers come in training mode.
+    """
+    row, cls = _load(name)
+    chosen = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+    arguments = dict(row.fixed)
+    arguments["lr"] = row.defaults["lr"] if lr is None else lr
+    for key, parameter in _taken(row, cls).items():
+        value: Any = row.defaults.get(key) if chosen[key] is None else chosen[key]
+        if value is not None:
+            arguments[parameter] = _betas(row, value) if key == "betas" else value
+    _check_args(row, cls, args or {}, reserved={"params", *arguments} - set(row.fixed))
+    arguments.update(args or {})
+    if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
+        arguments.setdefault("fused", fused_on(device))
+    optimizer = cls(param_groups(groups), **arguments)
+    if hasattr(optimizer, "is_paged"):
+        vars(optimizer)["_cpu_paged_warned"] = True  # bitsandbytes' own words for what `check` has said already
+    set_mode(optimizer, training=True)
+    return optimizer
+
+
+def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Schedule-free optimizers keep two sets of weights: eval() before a save, preview or validation, train() after.
+
+    Does nothing for the others.
+    """
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
+
+
+def fused_on(device: str | torch.device) -> bool:
+    """Whether torch has fused AdamW and SGD kernels for this device (CPU and CUDA both, since torch 2.5)."""
+    from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+    return torch.device(device).type in _get_fused_kernels_supported_devices()
+
+
+def _load(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
+    row = row_of(name)
+    if row is None:
+        raise ConfigError(unknown(name))
+    module, _, cls_name = row.cls.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), cls_name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"optimizer {name!r} needs the package {error.name!r}, {_install(row, error.name)}"
+        ) from error
+    except AttributeError as error:
+        near = get_close_matches(cls_name, dir(importlib.import_module(module)), n=1)
+        raise ConfigError(f"optimizer {name!r}: {module} has no {cls_name}.{_meant(near)}") from error
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"optimizer {name!r} is not a subclass of torch.optim.Optimizer")
+    return row, cls
+
+
+def _install(row: Row, missing: str | None) -> str:
+    if row.extra:
+        return f"which is not installed: pip install 'everydream[{row.extra}]'"
+    return f"which cannot be imported: pip install {row.package if row.package != 'torch' else missing}"
+
+
+def _signature(cls: type) -> dict[str, inspect.Parameter]:
+    return {key: p for key, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+def _taken(row: Row, cls: type) -> dict[str, str]:
+    """Our hyperparameter → the constructor's parameter, for those that this optimizer has."""
+    if row.name != row.cls:
+        return {key: row.arguments.get(key, key) for key in row.hyperparameters}
+    names = {"betas": ("betas",), "epsilon": ("eps", "epsilon"), "weight_decay": ("weight_decay",)}
+    found = {key: next((n for n in names[key] if n in _signature(cls)), None) for key in HYPERPARAMETERS}
+    return {key: parameter for key, parameter in found.items() if parameter}
+
+
+def _betas(row: Row, betas: Sequence[float]) -> tuple[float, ...]:
+    wanted = len(row.defaults.get("betas", betas))
+    if len(betas) != wanted:
+        raise ConfigError(f"optimizer {row.name!r} takes {wanted} betas, not {list(betas)}")
+    return tuple(betas)
+
+
+def _check_args(row: Row, cls: type, args: Mapping[str, Any], reserved: set[str]) -> None:
+    known = set(_signature(cls)) - {"self", *reserved}
+    ours = {parameter: key for key, parameter in _taken(row, cls).items()} | {"lr": "lr"}
+    problems = []
+    for key in args:
+        if key in ours:
+            problems.append(
+                f"optimizer {row.name!r}: args.{key} is set by {ours[key]!r} beside 'optimizer', not in args"
+            )
+        elif key not in known:
+            meant = _meant(get_close_matches(key, known, n=1))
+            problems.append(
+                f"optimizer {row.name!r}: args.{key} is not an argument of {row.cls}.{meant} "
+                f"It takes: {', '.join(sorted(known))}."
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _meant(near: Sequence[str]) -> str:
+    return f" Did you mean {near[0]!r}?" if near else ""
