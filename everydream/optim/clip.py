@@ -1,0 +1,43 @@
+"""Gradient norms, one true norm a part, and clipping by the norm over all of them.
+
+Nothing here reads from the device: `part_norms` gives one small tensor, which the trainer reads once an update
+together with everything else. An infinite or NaN gradient makes its part's norm inf or NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+Parts = Mapping[str, Sequence[torch.nn.Parameter]]
+
+
+def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+@torch.no_grad()
+def part_norms(parts: Parts) -> torch.Tensor:
+    """The L2 norm of each part's gradients, float32 [parts], on the gradients' device; 0 for a part without any."""
+    return torch.stack([_norm(gradients(parameters), parameters) for parameters in parts.values()])
+
+
+def _norm(grads: list[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    if not grads:
+        return torch.zeros((), device=parameters[0].device if parameters else None)
+    # float32 also for bf16 gradients, whose own dtype keeps three digits.
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)))
+
+
+@torch.no_grad()
+def scale_gradients(parts: Parts, factor: float | torch.Tensor) -> None:
+    """Multiply all gradients in place; `factor` = largest norm allowed / norm, where that is below 1."""
+    for parameters in parts.values():
+        if grads := gradients(parameters):
+            torch._foreach_mul_(grads, factor)
+
+
+def clip_factor(norms: torch.Tensor, largest: float) -> torch.Tensor:
+    """min(1, largest / norm over all parts), on the device; the norm of torch's own clipping but for its 1e-6."""
+    return torch.clamp(largest / torch.linalg.vector_norm(norms), max=1.0)
