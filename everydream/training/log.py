@@ -1,0 +1,280 @@
+"""What a run tells: events.jsonl and metrics.jsonl for machines, the console for a person, trackers, the report.
+
+Rank 0 has a RunLog, the others a NullLog. No failure of any of these ends a run: each is reported once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everydream.training import jsonl
+from everydream.training.background import Background
+from everydream.training.console import Advance, Console
+from everydream.training.progress import Progress
+
+if TYPE_CHECKING:
+    from everydream.training.trackers import TensorBoard, WandB
+
+EVENTS, METRICS, SCHEDULE = "events.jsonl", "metrics.jsonl", "schedule.jsonl"
+LEVELS = ("debug", "info", "warning", "error")
+CLOSE_SECONDS = 60.0  # for trackers to send what they have; then the run ends without them
+REPORT_SECONDS = 60.0  # between two refreshes during training
+REPORT_SHARE = 0.01  # and at most this share of the time
+
+
+class NullLog:
+    """A log that keeps the newest metrics and tells nobody: for ranks other than 0, and for tests."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.latest: dict[str, float] = {}
+
+    def start(self, step: int, max_steps: int, max_epochs: int | None = None, memory_total: int | None = None) -> None:
+        """Training begins, or goes on, at `step`."""
+        self.step = step
+
+    def event(self, kind: str, message: str = "", level: str = "info", *, todo: str = "", **fields: Any) -> None:
+        """Something happened. A warning or an error says with `todo` what to do about it."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl, and what the trackers get."""
+        self.step = step
+        self.latest.update(values)
+
+    def progress(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """Once an update; cheap. `values` as for metrics, those that are known."""
+        self.step = step
+
+    def schedule(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of schedule.jsonl."""
+
+    def images(self, step: int, name: str, paths: Iterable[Path]) -> None:
+        """Pictures that were written, for the trackers and the report."""
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        """A bar for work beside the training: `with log.task("caching latents", 64) as advance: advance(4)`."""
+        yield lambda n: None
+
+    def sync(self) -> None:
+        """Before a checkpoint: what was logged up to it survives a power cut with it."""
+
+    def close(self, code: int, reason: str) -> None:
+        """The run is over: exit code and why, the last line of events.jsonl."""
+
+
+class RunLog(NullLog):
+    """`settings`: name → {"value", "origin"}. `trackers`: names of trackers.TRACKERS, opened in the background with the
+    first metrics (their imports take seconds). `report(folder)` writes the run's report. `resumed_step`: the checkpoint
+    this run goes on from; metrics, events and schedule are to be cut back to it before (`cut_back`)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        console: Console,
+        *,
+        project: str = "everydream",
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        trackers: Sequence[str] = (),
+        report: Callable[[Path], object] | None = None,
+        resumed_step: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder, self.console = folder, console
+        self.step = resumed_step or 0
+        self._files = {name: jsonl.JsonLines(folder / name) for name in (EVENTS, METRICS, SCHEDULE)}
+        self._lock = threading.RLock()  # trackers report their failures from a thread of their own
+        self._failing: set[str] = set()
+        self._closed = False
+        self._trackers = [
+            Tracker(name, partial(open_tracker, name, folder, project, resumed_step, settings or {}), self)
+            for name in trackers
+        ]
+        self._report = ReportRefresher(report, folder, self)
+
+    def start(self, step: int, max_steps: int, max_epochs: int | None = None, memory_total: int | None = None) -> None:
+        super().start(step, max_steps, max_epochs, memory_total)
+        self.console.start(Progress(step, max_steps, max_epochs, memory_total))
+
+    def event(self, kind: str, message: str = "", level: str = "info", *, todo: str = "", **fields: Any) -> None:
+        assert level in LEVELS, level
+        assert todo or LEVELS.index(level) < LEVELS.index("warning"), f"{kind}: a {level} says what to do"
+        if message:
+            self.console.say(f"{message}\n  {todo}" if todo else message, level)
+        record = {"time": utc_now(), "step": self.step, "kind": kind, "level": level, "message": message}
+        self._write(EVENTS, [{**record, **({"todo": todo} if todo else {}), **fields}])
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        super().metrics(step, values)
+        self.console.update(step, values)
+        self._write(METRICS, [{"step": step, **values}])
+        numbers = {name: float(value) for name, value in values.items()}
+        for tracker in self._trackers:
+            tracker.do("log", numbers, step)
+        self._report.refresh()
+
+    def progress(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        super().progress(step, values)
+        self.console.update(step, values or {})
+
+    def schedule(self, records: Sequence[Mapping[str, Any]]) -> None:
+        self._write(SCHEDULE, records)
+
+    def images(self, step: int, name: str, paths: Iterable[Path]) -> None:
+        for i, path in enumerate(paths):
+            label = name if i == 0 else f"{name}/{i}"
+            for tracker in self._trackers:
+                tracker.do("log_image_file", label, path, step)
+        self._report.refresh(now=True)
+
+    @contextlib.contextmanager
+    def task(self, title: str, total: int) -> Iterator[Advance]:
+        with self.console.task(title, total) as advance:
+            yield advance
+
+    def sync(self) -> None:
+        for name, file in self._files.items():
+            if file.path.exists():
+                self._told(name, file.sync())
+
+    def close(self, code: int, reason: str) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.console.close()
+        for tracker in self._trackers:
+            tracker.close()
+        self._report.close()
+        self.event("end", reason if code == 0 else "", code=code, reason=reason)
+        self._report.write(self.console)
+
+    def _write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
+        with self._lock:
+            self._told(name, self._files[name].write(records))
+
+    def _told(self, name: str, error: OSError | None) -> None:
+        """Says once that a file cannot be written, and once that it can again."""
+        if error is None and name in self._failing:
+            self._failing.discard(name)
+            self.event("log", f"{name} is written again; no line was lost")
+        elif error is not None and name not in self._failing:
+            self._failing.add(name)
+            self.event(
+                "log",
+                f"{self._files[name].path} cannot be written: {error.strerror}",
+                "warning",
+                todo="The run goes on, and lines are kept in memory: free disk space or make the folder writable.",
+            )
+
+
+class Tracker:
+    """One tracker, opened and fed in the background. After its first failure it is told nothing more."""
+
+    def __init__(self, name: str, make: Callable[[], TensorBoard | WandB], log: RunLog) -> None:
+        self.name, self.log, self._make = name, log, make
+        self._tracker: TensorBoard | WandB | None = None
+        self._broken = False
+        self._background = Background(f"tracker-{name}", self._failed)
+
+    def do(self, method: str, *arguments: Any) -> None:
+        if not self._broken:
+            self._background.do(partial(self._call, method, *arguments))
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self._broken:
+            return
+        if self._tracker is None:
+            self._tracker = self._make()
+        getattr(self._tracker, method)(*arguments)
+
+    def _finish(self) -> None:
+        if self._tracker is not None and not self._broken:
+            self._tracker.finish()
+
+    def _failed(self, error: Exception) -> None:
+        self._broken = True
+        self.log.event(
+            "tracker",
+            f"{self.name} failed and gets nothing more: {type(error).__name__}: {error}",
+            "warning",
+            todo=f"The run goes on; metrics.jsonl has every number. Turn it off with --no_{self.name}.",
+        )
+
+    def close(self) -> None:
+        if self._background.is_used:
+            self._background.do(self._finish)
+        if not self._background.close(CLOSE_SECONDS):
+            self._failed(TimeoutError(f"not done after {CLOSE_SECONDS:.0f} s"))
+
+
+def open_tracker(name: str, *arguments: Any) -> TensorBoard | WandB:
+    from everydream.training import trackers  # TensorBoard's and W&B's imports take a second
+
+    return trackers.open_tracker(name, *arguments)
+
+
+class ReportRefresher:
+    """Rewrites the report in the background: with each preview, else now and then, and at the end."""
+
+    def __init__(self, report: Callable[[Path], object] | None, folder: Path, log: RunLog) -> None:
+        self._write, self._folder, self._log = report, folder, log
+        self._background = Background("report", self._failed)
+        self._due = time.monotonic() + REPORT_SECONDS
+        self._is_waiting = self._has_failed = False
+
+    def refresh(self, now: bool = False) -> None:
+        if self._write is None or self._is_waiting or not (now or time.monotonic() >= self._due):
+            return
+        self._is_waiting = True
+        self._background.do(self._work)
+
+    def _work(self) -> None:
+        self._is_waiting = False
+        if self._has_failed:
+            return
+        assert self._write is not None
+        began = time.monotonic()
+        self._write(self._folder)
+        took = time.monotonic() - began
+        self._due = time.monotonic() + max(REPORT_SECONDS, took / REPORT_SHARE)
+
+    def _failed(self, error: Exception) -> None:
+        self._has_failed = True
+        self._log.event(
+            "report",
+            f"report.html cannot be written: {error}",
+            "warning",
+            todo="The run goes on. Write it later with `python -m everydream.training.report RUN_FOLDER`.",
+        )
+
+    def close(self) -> None:
+        self._background.close(CLOSE_SECONDS)
+
+    def write(self, console: Console) -> None:
+        """The last one, with the run's end in it. Not an event: the end is the last line of events.jsonl."""
+        if self._write is None or self._has_failed:
+            return
+        try:
+            self._write(self._folder)
+        except Exception as error:
+            console.say(f"report.html cannot be written: {error}", "warning")
+
+
+def cut_back(folder: Path, step: int) -> dict[str, int]:
+    """Before a resume from the checkpoint of `step`: removes what the run logged after it. File → lines removed.
+
+    Raises OSError where the folder cannot be written.
+    """
+    removed = {name: jsonl.cut_back(folder / name, step) for name in (EVENTS, METRICS, SCHEDULE)}
+    return {name: count for name, count in removed.items() if count}
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
