@@ -1,0 +1,79 @@
+"""One process at a time in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from everydream.errors import ConfigError, SaveError
+
+_held: set[Path] = set()  # the system's locks are a process's: a second one in the same process would be granted
+
+
+class Lock:
+    """Held until `release` or the end of the process, however it ends: the system drops it, no stale file matters.
+
+    lockf, not flock: it works over NFS, and data workers forked from the trainer do not hold it on after its death.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def take(self) -> None:
+        """Raises ConfigError if another holds it, SaveError if the folder cannot be written to."""
+        path = self.path.resolve()
+        if path in _held:
+            raise ConfigError(f"{path.parent} is in use by this very process")
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise SaveError(f"cannot write to the run's folder {path.parent}: {error.strerror}") from error
+        try:
+            _lock(handle)
+        except OSError as error:
+            holder = os.read(handle, 1000).decode(errors="replace")
+            os.close(handle)
+            raise ConfigError(
+                f"{path.parent} is in use by another process ({holder or 'unknown'}): two runs in one folder would "
+                "overwrite each other. Wait for it, stop it, or start without --resume"
+            ) from error
+        _held.add(path)
+        self._handle = handle
+        with suppress(OSError):  # on a full disk the lock holds all the same; who holds it is a courtesy
+            os.ftruncate(handle, 0)
+            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+
+    def release(self) -> None:
+        if self._handle is not None:
+            _held.discard(self.path.resolve())
+            os.close(self._handle)  # which drops the lock
+            self._handle = None
+
+    def __enter__(self) -> Lock:
+        self.take()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def _lock(handle: int) -> None:
+    """Take the lock or raise OSError at once."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # far behind the text, which others may then still read
+        msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        os.lseek(handle, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,179 @@
+"""A run's folder: made with mkdir and never overwritten, one process at a time, found again by its project.
+
+Runs are ordered by a counter in their config.json; the time in a folder's name is a label, for clocks go wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from everydream.errors import CheckpointError, ConfigError, SaveError
+from everydream.training.checkpoint import MANIFEST, Skipped, find_latest, folders, step_of, verify
+from everydream.training.lock import Lock
+from everydream.training.storage import DISK, Bytes, Files, make_folders, write_atomically
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder and the names in it."""
+
+    folder: Path
+    lock: Lock = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lock", Lock(self.folder / ".lock"))
+
+    @property
+    def config(self) -> Path:
+        return self.folder / CONFIG
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.folder / "exports"
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / "samples"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Counter, project and time of creation, from config.json; empty where there is none."""
+        try:
+            about = json.loads(self.config.read_bytes())["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    @property
+    def counter(self) -> int:
+        return int(self.about.get("counter", 0))
+
+    def write_config(self, record: Mapping[str, Any], files: Files = DISK) -> None:
+        """Replace config.json's settings; what it says about the run itself stays."""
+        _write_json(self.config, {**record, "run": self.about}, files)
+
+
+def make_run(
+    logdir: Path,
+    name: str,
+    project_name: str,
+    record: Mapping[str, Any],
+    *,
+    now: datetime | None = None,
+    files: Files = DISK,
+) -> Run:
+    """A new run's folder `<name>-<UTC time>[-n]`, with its config.json, locked. Raises SaveError."""
+    now = now or datetime.now(timezone.utc)
+    try:
+        make_folders(files, logdir)
+        folder = _make_new(logdir, f"{name}-{now:%Y%m%d-%H%M%S}", files)
+        run = Run(folder)
+        run.lock.take()
+        about = {"counter": 1 + max((run.counter for run in runs(logdir)), default=0), "project_name": project_name}
+        _write_json(run.config, {**record, "run": {**about, "created": now.isoformat(timespec="seconds")}}, files)
+    except OSError as error:
+        raise SaveError(f"cannot make a run folder in {logdir}: {error.strerror or error}") from error
+    return run
+
+
+def _make_new(logdir: Path, name: str, files: Files) -> Path:
+    for n in itertools.count(1):
+        folder = logdir / (name if n == 1 else f"{name}-{n}")
+        with suppress(FileExistsError):
+            files.make_folder(folder)
+            files.sync_folder(logdir)
+            return folder
+    raise AssertionError
+
+
+def _write_json(path: Path, content: Mapping[str, Any], files: Files) -> None:
+    write_atomically(path, Bytes(json.dumps(content, indent=1, ensure_ascii=False).encode()), files)
+
+
+def runs(logdir: Path, project_name: str | None = None) -> list[Run]:
+    """The runs in a folder, newest first; one project's, or all."""
+    if not logdir.is_dir():
+        return []
+    found = [(run.about, run) for run in map(Run, logdir.iterdir()) if run.about]
+    chosen = [run for about, run in found if project_name in (None, about.get("project_name"))]
+    return sorted(chosen, key=lambda run: (run.counter, run.folder.name), reverse=True)
+
+
+# Resuming
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What --resume points at. Without a checkpoint there is nothing to go on from: start anew, and say `note`."""
+
+    run: Run | None
+    checkpoint: Path | None
+    skipped: tuple[Skipped, ...] = ()
+    note: str = ""
+
+    @property
+    def step(self) -> int:
+        return (step_of(self.checkpoint) or 0) if self.checkpoint else 0
+
+
+def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
+    """`latest`, a run's folder, or a checkpoint → the run, locked, and the checkpoint to go on from.
+
+    Raises ConfigError (no such path, or another process is in that run), CheckpointError (some checkpoints, none
+    valid: nothing is touched).
+    """
+    if resume == "latest":
+        found = runs(logdir, project_name)
+        if not found:
+            return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew")
+        return _latest_of(found[0])
+    path = Path(resume)
+    if not path.is_dir():
+        raise ConfigError(f"resume: {path} is not a folder. Give 'latest', a run's folder, or one of its checkpoints")
+    path = path.resolve()
+    if (path / CONFIG).is_file() and not (path / MANIFEST).exists():
+        return _latest_of(Run(path))
+    run = Run(path.parent.parent)
+    if step_of(path) is None or not run.config.is_file():
+        raise ConfigError(
+            f"resume: {path} is neither a run's folder (with {CONFIG}) nor a checkpoint in one "
+            "(<run>/checkpoints/step-…)"
+        )
+    return _this_one(run, path)
+
+
+def _latest_of(run: Run) -> Resume:
+    run.lock.take()
+    found = find_latest(run.checkpoints)
+    if found.path:
+        return Resume(run, found.path, found.skipped)
+    run.lock.release()
+    if found.skipped:
+        lines = "\n".join(f"  {skipped}" for skipped in found.skipped)
+        raise CheckpointError(
+            f"{run.folder} has no valid checkpoint:\n{lines}\nNothing was changed. Start anew without --resume."
+        )
+    return Resume(run, None, note=f"{run.folder} has no checkpoint yet: starting anew")
+
+
+def _this_one(run: Run, checkpoint: Path) -> Resume:
+    run.lock.take()
+    problems = verify(checkpoint)
+    if not problems:
+        return Resume(run, checkpoint)
+    run.lock.release()
+    others = ", ".join(path.name for path in folders(run.checkpoints) if path != checkpoint and not verify(path))
+    raise CheckpointError(f"{Skipped(checkpoint, tuple(problems))}\nValid ones of this run: {others or 'none'}")

@@ -1,0 +1,178 @@
+"""Saves while training goes on: a snapshot in the host's memory, one writer thread, at most one save under way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from everydream.errors import SaveError
+from everydream.training import hostmemory
+from everydream.training.checkpoint import commit, read_manifest
+from everydream.training.retention import Retention
+from everydream.training.storage import DISK, ChangedFile, Content, Copy, Files, write_atomically
+from everydream.training.tensorfile import HostCopies, Tensors, identity
+
+Contents = Mapping[str, Content]
+Exports = Mapping[Path, Callable[[Path], Content]]  # file → its content, made from the checkpoint's folder
+
+FAILURES = 3  # in a row, after which a run that cannot save is ended: what it learns would be lost
+SPARE = 256 << 20  # bytes that a snapshot leaves free for everything else
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What became of one save. `held_s`: how long training waited for it."""
+
+    step: int
+    path: Path | None = None
+    error: SaveError | None = None
+    background: bool = False
+    held_s: float = 0.0
+    seconds: float = 0.0
+    deleted: tuple[Path, ...] = ()
+    exported: tuple[Path, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Saver:
+    """Rank 0's. `last`: the checkpoint the run was resumed from, if it was."""
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        background: bool,
+        keep_last: int | None = None,
+        last: Path | None = None,
+        files: Files = DISK,
+        free_memory: Callable[[], int] = hostmemory.available,
+    ) -> None:
+        self.failures = 0  # saves that failed in a row
+        self._checkpoints, self._background, self._files = checkpoints, background, files
+        self._retention = Retention(checkpoints, keep_last, files)
+        self._last, self._free_memory = last, free_memory
+        self._thread: threading.Thread | None = None
+        self._done: list[Saved] = []
+        self._error: SaveError | None = None
+        self._bug: BaseException | None = None
+
+    def save(self, step: int, contents: Contents, exports: Exports | None = None) -> None:
+        """Begin a save; an earlier one is finished first. Its outcome comes from `outcomes`.
+
+        When this returns, training may change the tensors: they are on the disk, or copied to the host's memory where
+        they fit.
+        """
+        began = time.perf_counter()
+        self.join()
+        short_of = self._short_of(contents) if self._background else ""
+        if not self._background or short_of:
+            self._run(Saved(step, warnings=(short_of,) if short_of else ()), contents, exports or {}, began)
+            return
+        copies = HostCopies()
+        contents = {name: c.on_host(copies) if isinstance(c, Tensors) else c for name, c in contents.items()}
+        copies.wait()
+        saved = Saved(step, background=True, held_s=time.perf_counter() - began)
+        arguments = (saved, contents, exports or {}, began)
+        self._thread = threading.Thread(target=self._run, args=arguments, name=f"save step {step}")
+        self._thread.start()
+
+    def join(self) -> None:
+        """Wait for the save under way: before a roll-back, and before the end."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def outcomes(self) -> list[Saved]:
+        """The saves that have ended since the last call; does not wait. An error of ours in the writer is raised."""
+        if self._bug is not None:
+            raise self._bug
+        done, self._done = self._done, []
+        return done
+
+    def require(self) -> None:
+        """Raises SaveError if the last save failed; waits for it. For the last save of a run and one on a signal."""
+        self.join()
+        if self._bug is not None:
+            raise self._bug
+        if self.failures:
+            raise SaveError(f"the last {self.failures} saves failed: {self._error}")
+
+    def _run(self, saved: Saved, contents: Contents, exports: Exports, began: float) -> None:
+        try:
+            saved = self._write(saved, contents, exports)
+        except BaseException as error:
+            self._bug = error
+        seconds = time.perf_counter() - began
+        self._done.append(replace(saved, seconds=seconds, held_s=saved.held_s if saved.background else seconds))
+
+    def _write(self, saved: Saved, contents: Contents, exports: Exports) -> Saved:
+        try:
+            path = self._commit(saved.step, contents)
+        except SaveError as error:
+            self.failures += 1
+            self._error = error
+            return replace(saved, error=error)
+        self.failures, self._last = 0, path
+        warnings = list(saved.warnings)
+        exported, deleted = [], list[Path]()
+        for target, make in exports.items():
+            try:
+                write_atomically(target, make(path), self._files)
+                exported.append(target)
+            except Exception as error:  # noqa: PERF203 whatever an export meets, the checkpoint is safe: go on
+                warnings.append(f"cannot export {target}: {error}")
+        try:
+            deleted = self._retention.apply()
+        except OSError as error:
+            warnings.append(f"cannot delete old checkpoints: {error}")
+        return replace(saved, path=path, exported=tuple(exported), deleted=tuple(deleted), warnings=tuple(warnings))
+
+    def _commit(self, step: int, contents: Contents) -> Path:
+        try:
+            return commit(self._checkpoints, step, self._from_last(contents), self._files)
+        except SaveError as error:
+            if not isinstance(error.__cause__, ChangedFile):
+                raise
+            self._last = None
+            return commit(self._checkpoints, step, contents, self._files)
+
+    def _from_last(self, contents: Contents) -> Contents:
+        """Files that only are copied come from the run's last checkpoint, which knows their hashes.
+
+        The base model may have been moved or changed by now; and in one file system nothing need be copied at all.
+        """
+        if self._last is None:
+            return contents
+        try:
+            known = read_manifest(self._last)["files"]
+        except ValueError:
+            return contents
+        result = dict(contents)
+        for name, content in contents.items():
+            if isinstance(content, Copy) and name in known and (self._last / name).is_file():
+                result[name] = Copy(self._last / name, known[name]["sha256"])
+        return result
+
+    def _short_of(self, contents: Contents) -> str:
+        tensors = [t for c in contents.values() if isinstance(c, Tensors) for t in c.tensors.values()]
+        needed = sum({identity(tensor): tensor.nbytes for tensor in tensors}.values())
+        free = self._free_memory() - SPARE
+        if needed <= free:
+            return ""
+        return (
+            f"a background save would need {needed / 1e9:.1f} GB of memory and {max(free, 0) / 1e9:.1f} GB are free: "
+            "training waits for this save"
+        )
+
+
+@contextmanager
+def _warned(what: str, warnings: list[str]) -> Iterator[None]:
+    """The checkpoint is safe by now: whatever an export or a deletion meets, training goes on."""
+    try:
+        yield
+    except Exception as error:
+        warnings.append(f"{what}: {error}")

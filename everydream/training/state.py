@@ -1,0 +1,43 @@
+"""The run's state between two updates: state.json, besides the tensors' files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from everydream.errors import CheckpointError
+
+FORMAT = "everydream-state-1"
+
+
+@dataclass
+class TrainState:
+    """One clock: `step` counts optimizer updates, skipped ones too. All of it is plain JSON."""
+
+    step: int = 0
+    epoch: int = 0  # 0-based, of the next micro-batch
+    images_seen: int = 0  # subject pictures
+    class_images_seen: int = 0
+    skipped_steps: list[int] = field(default_factory=list)  # updates left out: their loss or gradient was not finite
+    rollbacks: list[list[int]] = field(default_factory=list)  # [step it happened at, step that was loaded]
+    lr_horizon: int | None = None  # the step at which the learning rates end their decay
+    plan_start: list[int] = field(default_factory=lambda: [0, 0])  # [step, epoch] at which the present data plan began
+    threads: int | None = None  # a sum's rounding depends on them
+    processes: int = 1
+    scaler: dict[str, Any] = field(default_factory=dict)  # float16's loss scale
+    optimizers: dict[str, Any] = field(default_factory=dict)  # what optimizer.safetensors lacks (optimizer_state)
+
+    def to_json(self) -> bytes:
+        return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes, where: object = "state.json") -> TrainState:
+        """Raises CheckpointError: the file is whole (its hash said so), so another program version wrote it."""
+        content = json.loads(text)
+        if content.pop("format", None) != FORMAT:
+            raise CheckpointError(f"{where}: not of the format {FORMAT}; use the version that wrote it")
+        unknown = content.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise CheckpointError(f"{where}: unknown {', '.join(sorted(unknown))}; use the version that wrote it")
+        return cls(**content)

@@ -1,0 +1,122 @@
+"""Tensors to and from a safetensors file: written one after the other, so a save never holds a second copy of them.
+
+The format (github.com/huggingface/safetensors): 8 bytes of header length, a JSON header of name → dtype, shape and
+offsets, then the data without holes. The library's own save_file builds the whole file in memory and never syncs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from everydream.training.storage import Output
+
+assert sys.byteorder == "little", "safetensors files are little-endian"
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """A safetensors file. `dtype` casts floating tensors as they are written (an export in float16).
+
+    Transformers refuses a weights file whose metadata does not name its framework, hence the default.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
+    dtype: torch.dtype | None = None
+
+    def write(self, out: Output) -> None:
+        # Wide types first, as the library does: then every tensor starts at a multiple of its own width.
+        order = sorted(self.tensors.items(), key=lambda item: (-self._dtype(item[1]).itemsize, item[0]))
+        out.write(self._header(order))
+        for _, tensor in order:
+            out.write(as_bytes(tensor.detach().to("cpu", self._dtype(tensor))))
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    def _header(self, order: list[tuple[str, Tensor]]) -> bytes:
+        header: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
+        start = 0
+        for name, tensor in order:
+            dtype = self._dtype(tensor)
+            end = start + tensor.numel() * dtype.itemsize
+            header[name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            start = end
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def on_host(self, copies: HostCopies) -> Tensors:
+        """The same file from tensors that training no longer changes."""
+        return replace(self, tensors={name: copies.of(tensor) for name, tensor in self.tensors.items()})
+
+
+class HostCopies:
+    """Copies of tensors in the host's memory; one seen twice is copied once.
+
+    Copies from a card are queued; nothing may read them before `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[object, ...], Tensor] = {}
+        self._originals: list[Tensor] = []  # kept alive: a freed tensor's address may come again
+
+    def of(self, tensor: Tensor) -> Tensor:
+        key = identity(tensor)
+        if key not in self._copies:
+            tensor = tensor.detach()
+            self._originals.append(tensor)
+            # Pinned memory is what makes the copy from a card run at the bus's full speed, and beside the others.
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._copies[key] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        return self._copies[key]
+
+    def wait(self) -> None:
+        if any(tensor.is_cuda for tensor in self._originals):
+            torch.cuda.synchronize()
+        self._originals.clear()
+
+
+def identity(tensor: Tensor) -> tuple[object, ...]:
+    """Equal for two tensors that are the same memory seen the same way; an empty tensor is only itself."""
+    where = tensor.data_ptr() if tensor.numel() else id(tensor)
+    return where, tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """A host tensor's elements in order, without a copy where they already lie so."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory of their own: the library's are maps of a file that may be deleted."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name).clone() for name in names}
