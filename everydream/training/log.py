@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream.training import jsonl
-from everydream.training.background import Background
+from everydream.training.worker import Background
 from everydream.training.console import Advance, Console
 from everydream.training.progress import Progress
 
