@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -105,6 +106,8 @@ def _load(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
     if row is None:
         raise ConfigError(unknown(name))
     module, _, cls_name = row.cls.rpartition(".")
+    # On a CPU with AVX-512 bitsandbytes warns at import that a 4-bit matrix product, used by nothing here, is missing.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         cls = getattr(importlib.import_module(module), cls_name)
     except ModuleNotFoundError as error:

@@ -65,7 +65,7 @@ class Row:
 
 
 _ADAM = {"lr": LR, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01}
-_LION = {"lr": LR / 10, "betas": (0.9, 0.99), "weight_decay": 0.0}
+_LION = {"lr": 1e-7, "betas": (0.9, 0.99), "weight_decay": 0.0}
 _PAGED = "paging needs CUDA: on a CPU it runs exactly as {} does"
 
 _ROWS = (
@@ -88,7 +88,7 @@ _ROWS = (
     Row("adafactor", "torch.optim.Adafactor", "almost no state: a row and a column of each matrix",
         hyperparameters=("weight_decay",),
         # Its step is lr × the tensor's own RMS (about 0.03 in Stable Diffusion), AdamW's is lr: same size of step.
-        defaults={"lr": 30 * LR, "weight_decay": 0.0}, moments=0,
+        defaults={"lr": 3e-5, "weight_decay": 0.0}, moments=0,
         notes="lr is relative to the size of the weights; epsilon is a pair, give it as args.eps"),
     Row("muon", "everydream.optim.muon.MuonWithAdamW", "orthogonalised momentum for matrices, AdamW for all else",
         defaults=_ADAM, moments=1.5, fused_flag=True,
@@ -104,7 +104,7 @@ _ROWS = (
         cannot_fuse="its step size is estimated from all parameters of a part together",
         cannot_round="its step size is estimated from all parameters of a part together"),
     Row("schedulefree_adamw", "schedulefree.AdamWScheduleFree", "AdamW that averages instead of decaying its lr",
-        defaults={"lr": 5 * LR, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
+        defaults={"lr": 5e-6, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
         package="schedulefree", extra="schedulefree", has_train_eval=True,
         cannot_schedule="it averages the weights instead of decaying the learning rate; warm-up is fine",
         cannot_fuse="its averaging weight is shared by all parameters of a group",
