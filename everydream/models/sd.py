@@ -1,0 +1,308 @@
+"""Stable Diffusion 1 and 2: UNet, CLIP text encoder, autoencoder (Rombach et al. 2022).
+
+Stages: pixels_u8 → pixels in ±1 → raw latents (mean, std) → latents (scaled) → noisy latents → prediction.
+Shapes: B pictures, C channels, H × W; text is tokens_BKL (K chunks of L tokens) or embeddings text_BLD.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from everydream.errors import ConfigError
+from everydream.models.clip import TextEncoder
+from everydream.models.family import Facts
+from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.sources import STEMS
+from everydream.models.tensors import PartReader, check_names
+from everydream.models.tokenizer import Tokenize
+
+TRAINABLE = ("unet", "text_encoder")
+
+
+class Denoiser(nn.Module):
+    """What Accelerate prepares: one module, so that several processes exchange the gradients of both parts together."""
+
+    def __init__(self, unet: nn.Module, text_encoder: TextEncoder | None) -> None:
+        super().__init__()
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, text: Tensor, perturbation_BLD: Tensor | None = None) -> Tensor:
+        """text: int64 tokens_BKL, or embeddings text_BLD made before. Returns the prediction in float32."""
+        if not text.is_floating_point():
+            assert self.text_encoder is not None, "the text encoder was dropped: give embeddings, not tokens"
+            text = self.text_encoder(text)
+        if perturbation_BLD is not None:
+            text = text + perturbation_BLD.to(text.dtype)
+        dtype = self.unet.conv_in.weight.dtype
+        return self.unet(noisy_BCHW.to(dtype), t_B, text.to(dtype), return_dict=False)[0].float()
+
+
+class StableDiffusion:
+    """A loaded model; see family.Family."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        *,
+        train: Sequence[str],
+        weights_dtype: torch.dtype,
+        frozen_dtype: torch.dtype,
+        device: torch.device | str,
+        clip_skip: int,
+    ) -> None:
+        assert set(train) <= set(TRAINABLE), train
+        self.facts = facts
+        self.tokenize = Tokenize(facts.tokenizer)
+        self.scheduler_config = dict(facts.scheduler_config)
+        self._device, self._clip_skip = torch.device(device), clip_skip
+        self._dtypes = {part: weights_dtype if part in train else frozen_dtype for part in TRAINABLE}
+        self._dtypes["vae"] = torch.float32
+        self._readers = {part: PartReader(part, facts.weights[part]) for part in facts.weights}
+        # Files of frozen parts are copied into every checkpoint, perhaps after the one they come from was removed.
+        self._files = {part: _opened(w.header.path) for part, w in facts.weights.items() if w.can_be_copied}
+        self.denoiser = Denoiser(self._read("unet"), self._read("text_encoder"))
+        self.vae: nn.Module | None = self._read("vae")
+        for part in TRAINABLE:
+            self._module(part).requires_grad_(part in train)
+        for name, parameter in self.parameters_of("text_encoder").items():
+            if name in self.unused_parameters("text_encoder"):
+                parameter.requires_grad_(False)
+
+    # --- text and pictures -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_text(self, tokens_BKL: Tensor) -> Tensor:
+        """text_B(K·L)D in float32, for a frozen text encoder."""
+        assert self.denoiser.text_encoder is not None, "the text encoder was dropped"
+        return self.denoiser.text_encoder(tokens_BKL.to(self._device)).float()
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 → mean and standard deviation of the raw latents, float32, before scaling."""
+        assert self.vae is not None, "the autoencoder was dropped"
+        pixels = pixels_BCHW.to(self._device, torch.float32).div(127.5).sub(1.0)
+        with torch.autocast(self._device.type, enabled=False):
+            posterior = self.vae.encode(pixels, return_dict=False)[0]
+        return posterior.mean, posterior.std
+
+    def latents(self, mean_BCHW: Tensor, std_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
+        """A draw from the raw latents, scaled to about unit variance: what the UNet sees."""
+        return (mean_BCHW + std_BCHW * noise_BCHW) * self.facts.configs["vae"].get("scaling_factor", 0.18215)
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
+        """By the names of the published files."""
+        return dict(self._module(part).named_parameters())
+
+    def unused_parameters(self, part: str) -> frozenset[str]:
+        """Layers that clip_skip leaves out: no gradient reaches them, and several processes would wait for one."""
+        encoder = self.denoiser.text_encoder
+        if part != "text_encoder" or encoder is None:
+            return frozenset()
+        skipped = range(encoder.used_layers, len(encoder.text_model.encoder.layers))
+        prefixes = tuple(f"text_model.encoder.layers.{i}." for i in skipped)
+        return frozenset(name for name in self.parameters_of(part) if name.startswith(prefixes))
+
+    def drop_vae(self) -> None:
+        self.vae = None
+
+    def drop_text_encoder(self) -> None:
+        self.denoiser.text_encoder = None
+
+    def enable(
+        self,
+        *,
+        gradient_checkpointing: bool = False,
+        attn_type: str = "sdp",
+        compile: bool | str = False,
+        channels_last: bool = False,
+    ) -> None:
+        """Speed and memory; results stay the same up to rounding. compile: "max" also tunes kernels.
+
+        Compiled for each shape by itself: a data set with n bucket sizes compiles n times, and no more than 64.
+        """
+        unet: Any = self.denoiser.unet
+        if channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+            if self.denoiser.text_encoder is not None:
+                self.denoiser.text_encoder.gradient_checkpointing = True
+        ATTENTION[attn_type](unet)
+        if compile:
+            from torch._dynamo import config
+
+            config.recompile_limit = 64
+            unet.compile(dynamic=False, mode="max-autotune" if compile == "max" else None)
+
+    def set_sampling(self, *, prediction_type: str, zero_terminal_snr: bool) -> None:
+        """What a sampler must know of the training is written into the checkpoint's scheduler config."""
+        self.scheduler_config["prediction_type"] = prediction_type
+        if zero_terminal_snr:  # PNDM, which SD1.5 names, knows none of these (Lin et al. 2023, sections 3.1 and 3.3)
+            self.scheduler_config.pop("skip_prk_steps", None)
+            self.scheduler_config |= {
+                "_class_name": "DDIMScheduler",
+                "clip_sample": False,
+                "rescale_betas_zero_snr": True,
+                "timestep_spacing": "trailing",
+            }
+
+    # --- out ---------------------------------------------------------------------------------------------------------
+
+    def files(self, snapshot: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileContent]:
+        """The model's folder as Stable Diffusion 1.5 was published, whatever versions of the libraries are there.
+
+        snapshot: part → published name → tensor, for the parts that were trained; the others are as they were read.
+        """
+        configs = dict(self.facts.configs)
+        configs["scheduler"] = self.scheduler_config
+        index = dict(configs.pop("model_index"))
+        index["scheduler"] = ["diffusers", self.scheduler_config["_class_name"]]
+        # Neither is here: a checker in the index without its folder would not load.
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+        files: dict[str, FileContent] = {"model_index.json": _json(index)}
+        for part, config in configs.items():
+            files[f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"] = _json(config)
+        files |= {f"tokenizer/{name}": content for name, content in self.facts.tokenizer.files().items()}
+        for part, reader in self._readers.items():
+            name = f"{part}/{STEMS[part]}.safetensors"
+            if part in snapshot:
+                files[name] = TensorFile(snapshot[part])
+            elif part in self._files:
+                files[name] = CopyOf(self._files[part])
+            else:
+                files[name] = TensorFile(reader.read())
+        return files
+
+    def pipeline(self, scheduler: Any = None) -> Any:
+        """A diffusers pipeline on this model's own weights, for previews. Dropped parts are read again for it."""
+        from diffusers import schedulers
+        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+
+        if scheduler is None:
+            config = self.scheduler_config
+            scheduler = getattr(schedulers, config["_class_name"]).from_config(config)
+        encoder = self.denoiser.text_encoder or self._read("text_encoder")
+        return StableDiffusionPipeline(
+            vae=self.vae or self._read("vae"),
+            text_encoder=_transformers_text_encoder(self.facts, encoder),
+            tokenizer=_transformers_tokenizer(self.facts),
+            unet=self.denoiser.unet,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    def _module(self, part: str) -> Any:
+        module = getattr(self.denoiser, part)
+        assert module is not None, f"{part} was dropped"
+        return module
+
+    def _read(self, part: str) -> Any:
+        where = f"base_model: {self.facts.weights[part].header.path}"
+        with torch.device("meta"):
+            module = BUILDERS[part](self.facts, self._clip_skip)
+        check_names(self.facts.weights[part].shapes, {n: tuple(p.shape) for n, p in module.named_parameters()}, where)
+        tensors = self._readers[part].read(dtype=self._dtypes[part], device=self._device)
+        module.load_state_dict(tensors, strict=True, assign=True)
+        return module.requires_grad_(False).eval()
+
+
+def load(
+    facts: Facts,
+    *,
+    train: Sequence[str],
+    weights_dtype: torch.dtype | None,
+    frozen_dtype: torch.dtype | None,
+    device: torch.device | str,
+    clip_skip: int,
+) -> StableDiffusion:
+    """Raises ConfigError where a weight file is damaged, or does not fit its config.json."""
+    return StableDiffusion(
+        facts,
+        train=train,
+        weights_dtype=weights_dtype or torch.float32,
+        frozen_dtype=frozen_dtype or torch.float32,
+        device=device,
+        clip_skip=clip_skip,
+    )
+
+
+def _build_unet(facts: Facts, clip_skip: int) -> nn.Module:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    return UNet2DConditionModel.from_config(facts.configs["unet"])
+
+
+def _build_vae(facts: Facts, clip_skip: int) -> nn.Module:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    return AutoencoderKL.from_config(facts.configs["vae"])
+
+
+def _build_text_encoder(facts: Facts, clip_skip: int) -> nn.Module:
+    return TextEncoder(facts.configs["text_encoder"], clip_skip)
+
+
+BUILDERS = {"unet": _build_unet, "text_encoder": _build_text_encoder, "vae": _build_vae}
+
+
+def _sliced_attention(unet: Any) -> None:
+    unet.set_attention_slice("auto")
+
+
+def _xformers_attention(unet: Any) -> None:
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"attn_type: xformers cannot be used ({error}); install it, or set sdp") from None
+
+
+ATTENTION = {"sdp": lambda unet: None, "slice": _sliced_attention, "xformers": _xformers_attention}
+
+
+def _opened(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+
+
+def _transformers_text_encoder(facts: Facts, encoder: TextEncoder) -> Any:
+    """The same parameters in the class that pipelines know."""
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel
+
+    ours = dict(encoder.named_parameters())
+    with torch.device("meta"):
+        module = CLIPTextModel(CLIPTextConfig(**facts.configs["text_encoder"]))
+    names = {name: name if name in ours else f"text_model.{name}" for name in module.state_dict()}
+    trained = {name: parameter.requires_grad for name, parameter in ours.items()}
+    module.load_state_dict({name: ours[published] for name, published in names.items()}, assign=True)
+    for name, parameter in ours.items():
+        parameter.requires_grad_(trained[name])
+    for name, buffer in module.named_buffers():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        assert name.endswith("position_ids"), name
+        owner.position_ids = torch.arange(buffer.shape[-1], device=ours[next(iter(ours))].device)[None]
+    return module.eval()
+
+
+def _transformers_tokenizer(facts: Facts) -> Any:
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in facts.tokenizer.files().items():
+            (Path(folder) / name).write_bytes(content)
+        return CLIPTokenizer.from_pretrained(folder)

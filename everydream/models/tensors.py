@@ -1,0 +1,104 @@
+"""Tensors out of weight files, checked: every name and shape as the model wants it, all numbers finite."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from everydream.errors import ConfigError
+from everydream.models.sources import PartWeights
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def read_pickled(path: Path, *, device: str = "cpu", what: str = "base_model") -> dict[str, Tensor]:
+    """The tensors of a .bin or .ckpt file; anything else in it that would have to be run is refused."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{what}: {path} holds more than tensors and is not read ({_first_line(error)})") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as error:
+        raise ConfigError(f"{what}: {path} cannot be read ({_first_line(error)}); fetch it again") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise ConfigError(f"{what}: {path} holds a {type(content).__name__}, not weights by name")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def check_names(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raises ConfigError where names are missing, unknown, or of another shape."""
+    problems = [
+        f"{where}: {what} {len(names)} tensor{'s' * (len(names) > 1)}: {_some(names)}"
+        for what, names in (
+            ("lacks", wanted.keys() - found.keys()),
+            ("has unknown", found.keys() - wanted.keys()),
+        )
+        if names
+    ]
+    shapes = [n for n in wanted if n in found and found[n] != wanted[n]]
+    problems += [f"{where}: {n} is {list(found[n])}, its config.json makes it {list(wanted[n])}" for n in shapes[:3]]
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """A flipped bit in an exponent often shows as NaN or infinity. One pass over the memory: 0.3 s for 3 GB."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum(dtype=torch.float32))]
+    if bad:
+        raise ConfigError(f"{where}: {_some(bad)} holds NaN or infinite numbers: the file is damaged; fetch it again")
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+class PartReader:
+    """The tensors of one part. The file stays open, so that it can be read again after its folder is gone."""
+
+    def __init__(self, part: str, weights: PartWeights) -> None:
+        self.where = f"base_model: {weights.header.path}"
+        self.part, self.weights = part, weights
+        self._pickled = read_pickled(weights.header.path) if weights.header.pickled else None
+        self._file = None if weights.header.pickled else self._open(weights.header.path)
+
+    def read(self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Published name → tensor with memory of its own, in `dtype` (None: as in the file)."""
+        tensors = {}
+        for move in self.weights.moves:
+            whole = self._get(move.original)
+            whole = whole.flatten(1) if move.is_convolution else whole
+            pieces = whole.chunk(len(move.published))
+            for name, piece in zip(move.published, pieces, strict=True):
+                tensors[name] = piece.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        check_finite(tensors, self.where)
+        return tensors
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None
+
+    def _get(self, name: str) -> Tensor:
+        if self._pickled is not None:
+            return self._pickled[name]
+        try:
+            return self._file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None
