@@ -1,0 +1,160 @@
+"""The command line, read by the schema: `--key value`, `--key=value`, `--flag`, `--no_flag`, `--flag false`.
+
+`--key null` unsets. A list is given as several values, as a repeated option or as JSON: `--data_root a b`.
+No abbreviations: `--batch` is an error, so that a new setting never changes what an old command means.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from everydream.config.kinds import Kind, kinds
+from everydream.config.legacy import ALIASES, REFUSED, RETIRED, means_null, translate
+from everydream.config.schema import Settings
+from everydream.config.sources import COMMAND_LINE, UNSET, Report, Source, Stated, check, nearest
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
+_OWN = ("config", "print_config", "dry_run", "help")
+
+
+@dataclass
+class Line:
+    """What the command line says besides settings."""
+
+    config: str | None = None
+    action: str = "train"
+    help: bool = False
+    source: Source = field(default_factory=lambda: Source(COMMAND_LINE))
+
+
+def read(argv: Sequence[str], report: Report) -> Line:
+    """The settings and actions of the command line; what is wrong goes into the report."""
+    line = Line()
+    raw: dict[str, Stated] = {}
+    for option, words in _options(argv, report):
+        if option in _OWN:
+            _own(line, option, words, report)
+        else:
+            _setting(option, words, raw, line.source, report)
+    checked = check(Settings, raw, Path.cwd(), report)
+    line.source.values |= checked.values
+    line.source.wrong |= checked.wrong
+    return line
+
+
+def _options(argv: Sequence[str], report: Report) -> list[tuple[str, list[str]]]:
+    """Each option with the words that follow it."""
+    options: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            options.append((name, [value] if equals else []))
+        elif word == "-h":
+            options.append(("help", []))
+        elif options:
+            options[-1][1].append(word)
+        else:
+            report.problem(COMMAND_LINE, f"{word!r} belongs to no option: write --key value")
+    return options
+
+
+def _own(line: Line, option: str, words: list[str], report: Report) -> None:
+    def refuse(wanted: str) -> None:
+        report.problem(COMMAND_LINE, f"--{option} {' '.join(words)}: write {wanted}")
+
+    if option == "help":
+        line.help = True
+    elif option == "config":
+        if len(words) != 1 or not words[0]:
+            refuse("--config PATH")
+        elif line.config is not None:
+            report.problem(COMMAND_LINE, "--config is given twice")
+        else:
+            line.config = words[0]
+    elif option == "dry_run":
+        if words:
+            refuse("--dry_run alone")
+        elif line.action == "train":
+            line.action = "dry_run"
+    elif words in ([], ["json"]):
+        line.action = "print_config_json" if words else "print_config"
+    else:
+        refuse("--print_config or --print_config json")
+
+
+def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Source, report: Report) -> None:
+    fields, shown = kinds(Settings), f"--{option}"
+    key, negated = option, False
+    if option.startswith("no_") and option not in ALIASES and option not in RETIRED:
+        key, negated = option[3:], True
+    if key in RETIRED:
+        report.note(RETIRED[key].say(shown), COMMAND_LINE)
+        return
+    name = ALIASES[key].key if key in ALIASES else key
+    if name not in fields or (negated and bool not in fields[name].types):
+        hint = nearest(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
+        report.problem(COMMAND_LINE, f"{shown} is not a setting.{hint}")
+        return
+    if name in raw and not fields[name].many:
+        report.problem(COMMAND_LINE, f"{shown} is given twice")
+    elif negated and words:
+        report.problem(COMMAND_LINE, f"{shown} takes no value")
+    elif words == ["null"]:
+        source.unset[name] = Stated(None, UNSET, COMMAND_LINE, shown)
+        return
+    else:
+        kind = Kind(types=(bool,)) if key in ALIASES and ALIASES[key].values else fields[name]
+        if not words and not kind.many and bool not in kind.types and not negated:
+            report.problem(COMMAND_LINE, f"{shown} needs a value: {kind.phrase()}")
+            source.wrong.add(name)
+            return
+        value = False if negated else _parse(kind, words)
+        if key in ALIASES:
+            value = translate(key, value, COMMAND_LINE, report)
+        if value is None:
+            return
+        if means_null(name, value, shown, COMMAND_LINE, report):
+            source.unset[name] = Stated(None, UNSET, COMMAND_LINE, shown)
+            return
+        if value is not REFUSED:
+            before: tuple[Any, ...] = raw[name].value if name in raw else ()
+            raw[name] = Stated((*before, *value) if fields[name].many else value, COMMAND_LINE, COMMAND_LINE, shown)
+            return
+    source.wrong.add(name)
+
+
+def _parse(kind: Kind, words: list[str]) -> Any:
+    """The words as the kind's value; what does not parse stays text, which the schema then refuses."""
+    if kind.many:
+        return tuple(item for word in words for item in _items(kind, word))
+    if not words and bool in kind.types:
+        return True
+    return _one(kind, " ".join(words)) if len(words) <= 1 else tuple(words)
+
+
+def _items(kind: Kind, word: str) -> tuple[Any, ...]:
+    if word.startswith("["):
+        import json
+
+        try:
+            parsed = json.loads(word)
+        except ValueError:
+            return (word,)
+        return tuple(parsed)
+    return (_one(kind, word),)
+
+
+def _one(kind: Kind, word: str) -> Any:
+    if bool in kind.types and word in _BOOLEANS:
+        return _BOOLEANS[word]
+    if int in kind.types and _INTEGER.fullmatch(word) and len(word) < 300:
+        return int(word)
+    if float in kind.types and _NUMBER.fullmatch(word):
+        return float(word)
+    return word

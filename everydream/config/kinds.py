@@ -1,0 +1,80 @@
+"""What a field takes, read from its annotation: for parsing the command line, for messages, `--help` and the docs."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path",
+         dict: "an object {…}"}  # fmt: skip
+BOUNDS = (("ge", "≥ {}"), ("gt", "> {}"), ("le", "≤ {}"), ("lt", "< {}"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`types` in the order the command line tries them; `many`: a list of them."""
+
+    types: tuple[type, ...] = ()
+    choices: tuple[str, ...] = ()
+    many: bool = False
+    nullable: bool = False
+    bounds: str = ""
+    pattern: str = ""
+
+    def phrase(self) -> str:
+        """ "a whole number ≥ 1", "true or false or "max"" … as messages and docs say it."""
+        names = [NAMES.get(one, "an object {…}") for one in self.types]
+        text = " or ".join(names + [f'"{choice}"' for choice in self.choices])
+        if self.bounds:
+            text += f" {self.bounds}"
+        if self.pattern:
+            text += f" that matches {self.pattern}"
+        return f"a list, each {text}" if self.many else text
+
+
+@cache
+def kinds(model: type[BaseModel]) -> dict[str, Kind]:
+    """The kind of each field of a model."""
+    return {name: _kind(field.annotation, field.metadata) for name, field in model.model_fields.items()}
+
+
+def _kind(annotation: Any, metadata: Iterable[Any] = ()) -> Kind:
+    return _narrow(_bare(annotation), metadata)
+
+
+def _bare(annotation: Any) -> Kind:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(inner[0], inner[1:])
+    if origin is Literal:
+        return Kind(choices=tuple(inner))
+    if origin is tuple:
+        return replace(_kind(inner[0]), many=True)
+    if origin in (Union, types.UnionType):
+        parts = [_kind(part) for part in inner if part is not type(None)]
+        return Kind(
+            types=tuple(one for part in parts for one in part.types),
+            choices=tuple(choice for part in parts for choice in part.choices),
+            many=any(part.many for part in parts),
+            nullable=type(None) in inner,
+            bounds=" ".join(part.bounds for part in parts if part.bounds),
+            pattern=" ".join(part.pattern for part in parts if part.pattern),
+        )
+    return Kind(types=(origin or annotation,))
+
+
+def _narrow(kind: Kind, metadata: Iterable[Any]) -> Kind:
+    bounds = [kind.bounds] if kind.bounds else []
+    for item in metadata:
+        for constraint in item.metadata if isinstance(item, FieldInfo) else (item,):
+            bounds += [text.format(getattr(constraint, name)) for name, text in BOUNDS if hasattr(constraint, name)]
+            if getattr(constraint, "pattern", None):
+                kind = replace(kind, pattern=constraint.pattern)
+    return replace(kind, bounds=" and ".join(bounds))

@@ -1,0 +1,235 @@
+"""All sources in, one frozen tree out: `resolve(argv, environ)`.
+
+Precedence, one rule for every key: command line > train.json > optimizer.json > launcher > default (entries.choose).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from everydream.config import arguments, rules
+from everydream.config.entries import Entry, Override, choose, default_entry, say_overrides
+from everydream.config.files import (
+    FORMAT,
+    File,
+    OptimizerSource,
+    is_record,
+    no_optimizer_file,
+    optimizer_source,
+    record_source,
+    train_source,
+    validation_source,
+)
+from everydream.config.parts import (
+    BASE,
+    FREEZING,
+    SCHEDULE_KEYS,
+    TEXT_ENCODER,
+    PartOptimizer,
+    part_optimizer,
+    resolve_parts,
+    say_part_overrides,
+)
+from everydream.config.schema import Settings, TextEncoderFreezing, ValidationSettings, absolute
+from everydream.config.sources import DEFAULT, LAUNCHER, UNSET, Report, Source, Stated, check, plain
+from everydream.errors import ConfigError
+
+# Shown as optimizer.base.lr, optimizer.text_encoder.lr, … and only there
+OPTIMIZER_KEYS = ("lr", "text_encoder_lr", *SCHEDULE_KEYS)
+NOT_RECORDED = ("resume", "resume_changed", "accept_data_changes")  # said of one start, not of the run
+DRAWN = "drawn"  # origin of a seed that −1 asked for
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every setting of a run, and where each came from. Paths are absolute."""
+
+    settings: Settings
+    optimizers: Mapping[str, PartOptimizer]  # "unet", "text_encoder"
+    freezing: TextEncoderFreezing
+    validation: ValidationSettings | None
+    entries: Mapping[str, Entry]
+    notes: tuple[str, ...]  # overridden, unused, without effect, retired: each said once
+    action: str  # "train", "dry_run", "print_config", "print_config_json"
+
+    def record(self) -> dict[str, Any]:
+        """The content of config.json, which --config takes back: plain JSON."""
+        settings = {
+            key: {"value": plain(entry.value), "origin": entry.origin}
+            | ({"inherited": True} if entry.inherited else {})
+            for key, entry in self.entries.items()
+            if key not in NOT_RECORDED
+        }
+        return {"format": FORMAT, "settings": settings}
+
+    def with_seed(self, seed: int) -> Resolved:
+        """The same settings with a seed that was agreed on: each process draws its own where `seed` is −1."""
+        entry = replace(self.entries["seed"], value=seed)
+        settings = self.settings.model_copy(update={"seed": seed})
+        return replace(self, settings=settings, entries={**self.entries, "seed": entry})
+
+
+@dataclass
+class _Files:
+    """What the files state. `unread`: a file could not be parsed, so that nothing is known to be missing."""
+
+    train: Source = field(default_factory=lambda: Source("train.json"))
+    optimizer: OptimizerSource = field(default_factory=no_optimizer_file)
+    validation: Source | None = None
+    config: Path | None = None
+    unread: bool = False
+
+
+def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
+    """The settings of all sources. Raises ConfigError with every problem of every source."""
+    report = Report()
+    line = arguments.read(argv, report)
+    files = _read_files(line, report)
+    launcher = _launcher(environ, report)
+
+    entries = _choose_settings([line.source, files.train, launcher])
+    entries |= resolve_parts(line.source, files.train, files.optimizer, report)
+    _say_missing(entries, line, files, report)
+    for key in Settings.model_fields:
+        if key in entries:
+            say_overrides(key, entries[key], report)
+    say_part_overrides(entries, report)
+    validation = _choose_validation(files.validation, entries)
+    if not report.problems:
+        rules.check(entries, environ, line.action, report)
+    if report.problems:
+        raise ConfigError(report.problems)
+
+    parts = {part: part_optimizer(part, entries) for part in ("unet", "text_encoder")}
+    return Resolved(
+        settings=_settings(entries),
+        optimizers=parts,
+        freezing=TextEncoderFreezing(
+            **{key: entries[FREEZING + key].value for key in TextEncoderFreezing.model_fields}
+        ),
+        validation=validation,
+        entries=entries,
+        notes=tuple(report.notes),
+        action=line.action,
+    )
+
+
+def _read_files(line: arguments.Line, report: Report) -> _Files:
+    """--config, then the optimizer's and validation's files that it or the command line names."""
+    files = _Files()
+    repeated = False
+    if line.config is not None:
+        files.config = absolute(line.config, Path.cwd())
+        try:
+            file = File(files.config, report)
+            if is_record(file):
+                record = record_source(file)
+                files.train, files.optimizer, files.validation = record.train, record.optimizer, record.validation
+                repeated = True
+            else:
+                files.train = train_source(file)
+        except ConfigError as error:
+            report.problems += error.problems
+            files.unread = True
+    for key in ("optimizer_config", "validation_config"):
+        path = choose(key, [line.source, files.train], default_entry(None)).value
+        replaces = key in line.source.values or key in line.source.unset
+        if repeated and not replaces:
+            continue
+        _read_further(key, path, files, report)
+    return files
+
+
+def _read_further(key: str, path: Path | None, files: _Files, report: Report) -> None:
+    optimizer, validation = no_optimizer_file(), None
+    if path is not None:
+        try:
+            file = File(path, report)
+            if key == "optimizer_config":
+                optimizer = optimizer_source(file)
+            else:
+                validation = validation_source(file)
+        except ConfigError as error:
+            report.problems += error.problems
+    if key == "optimizer_config":
+        files.optimizer = optimizer
+    else:
+        files.validation = validation
+
+
+def _launcher(environ: Mapping[str, str], report: Report) -> Source:
+    """accelerate launch hands --mixed_precision and its yaml's to the script in this variable."""
+    told = environ.get("ACCELERATE_MIXED_PRECISION")
+    if not told:
+        return Source(LAUNCHER)
+    stated = Stated(told.lower(), LAUNCHER, LAUNCHER, "mixed_precision")
+    return check(Settings, {"mixed_precision": stated}, Path.cwd(), report)
+
+
+def _choose_settings(sources: Sequence[Source]) -> dict[str, Entry]:
+    """Entries of all settings but the optimizer's; required ones that nobody states are not among them."""
+    entries = {}
+    for key, one in Settings.model_fields.items():
+        if key in OPTIMIZER_KEYS:
+            continue
+        entry = choose(key, sources, default_entry(None if one.is_required() else one.default))
+        if not one.is_required() or entry.value is not None:
+            entries[key] = entry
+    _derive(entries)
+    return entries
+
+
+def _derive(entries: dict[str, Entry]) -> None:
+    """Defaults that depend on something else than the schema."""
+    if entries["mixed_precision"].value is None:
+        entries["mixed_precision"] = replace(entries["mixed_precision"], value="no", default="no")
+    if entries["max_epochs"].origin in (DEFAULT, UNSET) and entries["max_steps"].value is not None:
+        entries["max_epochs"] = replace(entries["max_epochs"], value=None, default=None)
+    logdir, default = entries["logdir"], absolute(str(entries["logdir"].default), Path.cwd())
+    entries["logdir"] = replace(
+        logdir, value=default if logdir.value == logdir.default else logdir.value, default=default
+    )
+    seed = entries["seed"]
+    if seed.value == -1:
+        from random import SystemRandom
+
+        drawn = SystemRandom().randrange(2**31)
+        entries["seed"] = Entry(drawn, DRAWN, (Override(seed.origin, -1), *seed.overrides), seed.default)
+
+
+def _say_missing(entries: Mapping[str, Entry], line: arguments.Line, files: _Files, report: Report) -> None:
+    if files.unread:
+        return
+    for key, one in Settings.model_fields.items():
+        if not one.is_required() or key in entries or key in line.source.wrong | files.train.wrong:
+            continue
+        where, hint = (files.train.origin, "") if line.config else ("command line", _hint_of_config())
+        report.problem(where, f"{key} is missing. {one.description}{hint}")
+
+
+def _hint_of_config() -> str:
+    return " ./train.json is there, but was not read: add --config train.json" if Path("train.json").is_file() else ""
+
+
+def _choose_validation(source: Source | None, entries: dict[str, Entry]) -> ValidationSettings | None:
+    if source is None:
+        return None
+    chosen = {
+        key: choose(key, [source], default_entry(one.default)) for key, one in ValidationSettings.model_fields.items()
+    }
+    steps = entries["validate_every_n_steps"]
+    if steps.value is not None:
+        overridden = Override(chosen["every_n_steps"].origin, chosen["every_n_steps"].value)
+        chosen["every_n_steps"] = replace(steps, overrides=(*steps.overrides, overridden))
+    entries |= {f"validation.{key}": entry for key, entry in chosen.items()}
+    return ValidationSettings(**{key: entry.value for key, entry in chosen.items()})
+
+
+def _settings(entries: Mapping[str, Entry]) -> Settings:
+    values = {key: entries[key].value for key in Settings.model_fields if key not in OPTIMIZER_KEYS}
+    values |= {key: entries[BASE + key].value for key in ("lr", *SCHEDULE_KEYS)}
+    values["text_encoder_lr"] = entries[TEXT_ENCODER + "lr"].value
+    return Settings(**values)
