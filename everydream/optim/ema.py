@@ -85,6 +85,10 @@ class EMA:
                     value.copy_(average)
             yield
 
+    def metrics(self, step: int) -> dict[str, float]:
+        """The decay at this step: below `decay`, the average is still warming up."""
+        return {"ema_decay": ema_decay(step, self.decay)}
+
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, float32: live, so copy what must outlast the next update."""
         assert not self._swapped, "the averages are in the model now: leave applied() first"
@@ -116,6 +120,9 @@ class NoEMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         yield
+
+    def metrics(self, step: int) -> dict[str, float]:
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
