@@ -82,8 +82,8 @@ def _enlarge(size: int, coarse: int) -> Array:
 @dataclass(frozen=True)
 class EmbeddingPerturbation:
     """Noise added to a text embedding, N(0, scale/√D) for each number: Chen et al. 2024, "Slight corruption in
-    pre-training data makes better diffusion models" (arXiv:2405.20494), section 5; their γ is `scale`, about 1. The
-    noise of a token has a norm of about `scale` at any embedding width D."""
+    pre-training data makes better diffusion models" (arXiv:2405.20494), "CEP"; their γ is `scale`, about 1. The noise of
+    a token has a norm of about `scale` at any embedding width D."""
 
     scale: float
 

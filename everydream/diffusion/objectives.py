@@ -46,7 +46,7 @@ def _mse(error_BCHW: Tensor, fraction_B111: Tensor, delta: float) -> Tensor:
 
 
 def _huber(error_BCHW: Tensor, fraction_B111: Tensor, delta: float) -> Tensor:
-    """e² up to |e| = δ, 2δ|e| − δ² beyond: Huber 1964, eq. 2.10 (his ρ) times 2, which is mse's scale: both have the
+    """e² up to |e| = δ, 2δ|e| − δ² beyond: Huber 1964 (his ρ) times 2, which is mse's scale: both have the
     same value and gradient where |e| ≤ δ, so that changing the loss does not change the effective learning rate."""
     size_BCHW = error_BCHW.abs()
     inside_BCHW = size_BCHW.clamp_max(delta)
