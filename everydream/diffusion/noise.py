@@ -81,9 +81,9 @@ def _enlarge(size: int, coarse: int) -> Array:
 
 @dataclass(frozen=True)
 class EmbeddingPerturbation:
-    """Noise added to a text embedding, N(0, scale/√D) for each number: Chen et al. 2024, "Slight corruption in
-    pre-training data makes better diffusion models" (arXiv:2405.20494), "CEP"; their γ is `scale`, about 1. The noise of
-    a token has a norm of about `scale` at any embedding width D."""
+    """Noise added to a text embedding, N(0, scale/√D) for each number: "CEP", Chen et al. 2024, "Slight corruption in
+    pre-training data makes better diffusion models" (arXiv:2405.20494); their γ is `scale`, about 1. A token's noise
+    has a norm of about `scale` at any embedding width D."""
 
     scale: float
 

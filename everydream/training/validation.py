@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
+from everydream.data.plan import Draw
 from everydream.draws import torch_seed
 from everydream.errors import DataError, Stopped
 from everydream.training.divided import divided
 
 if TYPE_CHECKING:
     from everydream.data.batch import Batch
+    from everydream.data.scan import Sample
     from everydream.runtime import Ranks
 
+MIN_LOSSES = 32  # a set's mean is over at least so many
 HELD_OUT, TRAINED = "loss_val", "loss_train_fixed"  # metrics; an extra data set's is loss_val_<name>
 
 
@@ -61,14 +65,42 @@ def split(samples: Collection[P], share: float, seed: int) -> tuple[list[P], lis
 def refuse_shared(trained: Collection[P], held_out: Collection[P]) -> None:
     """Raises DataError with each held-out picture that is trained on under the same or another name."""
     names = {sample.content: sample.identity for sample in trained}
-    raise_if_any = [
+    problems = [
         f"manual_data_root: {sample.identity} is the same picture as {names[sample.content]}, which is trained on. "
         "Remove one of them (stabilize_training_loss measures the loss on training pictures)"
         for sample in held_out
         if sample.content in names
     ]
-    if raise_if_any:
-        raise DataError(raise_if_any)
+    if problems:
+        raise DataError(problems)
+
+
+def still(sample: Sample) -> Sample:
+    """The sample as it is measured: not flipped, its caption as written and never dropped, of weight 1."""
+    return replace(sample, multiply=1.0, cond_dropout=0.0, flip_p=0.0, loss_scale=1.0, shuffle_tags=False)
+
+
+class FixedPlan:
+    """Micro-batches of one set, the same each time: every picture equally often, a bucket's last one may be smaller.
+
+    Sets of under MIN_LOSSES pictures look at each several times, with other noise and timesteps: the losses of two
+    pictures at one timestep each would say little. `buckets`: size → identities.
+    """
+
+    def __init__(self, buckets: Mapping[tuple[int, int], Sequence[str]], batch_size: int) -> None:
+        pictures = sum(map(len, buckets.values()))
+        repeats = range(-(-MIN_LOSSES // max(1, pictures)))
+        queues = (
+            [Draw(identity, 0, repeat) for repeat in repeats for identity in sorted(identities)]
+            for _, identities in sorted(buckets.items())
+        )
+        self._cuts = [tuple(q[i : i + batch_size]) for q in queues for i in range(0, len(q), batch_size)]
+
+    def __len__(self) -> int:
+        return len(self._cuts)
+
+    def micro_batch(self, index: int) -> tuple[Draw, ...]:
+        return self._cuts[index]
 
 
 class Validation:

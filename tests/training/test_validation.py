@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from everydream.data import scan
 from everydream.draws import generator
 from everydream.errors import DataError
-from everydream.training.validation import NoValidation, Validation, choose, refuse_shared, split
+from everydream.training.validation import FixedPlan, NoValidation, Validation, choose, refuse_shared, split, still
 from tests.training.processes import on_processes
 
 
@@ -83,6 +85,41 @@ def test_held_out_pictures_that_are_trained_on_are_named() -> None:
         "manual_data_root: validation/1.png is the same picture as subject/001-0.png",
         "manual_data_root: validation/2.png is the same picture as subject/002-0.png",
     ]
+
+
+BUCKETS = {(64, 64): [f"v/{i}" for i in range(5)], (96, 32): ["v/w"]}
+
+
+def draws(plan: FixedPlan) -> list[tuple[str, int, int]]:
+    return [tuple(draw) for i in range(len(plan)) for draw in plan.micro_batch(i)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_every_picture_is_looked_at_equally_often_whatever_the_batch_size(batch_size: int) -> None:
+    plan = FixedPlan(BUCKETS, batch_size)
+    names = sorted(name for names in BUCKETS.values() for name in names)
+    assert sorted(draws(plan)) == [(name, 0, repeat) for name in names for repeat in range(6)]
+    for i in range(len(plan)):
+        batch = plan.micro_batch(i)
+        assert len(batch) <= batch_size and len({draw.sample == "v/w" for draw in batch}) == 1
+
+
+def test_a_large_set_is_looked_at_once_and_a_set_of_none_never() -> None:
+    assert len(draws(FixedPlan({(64, 64): [str(i) for i in range(33)]}, 4))) == 33
+    assert draws(FixedPlan({}, 4)) == []
+
+
+def test_the_plan_does_not_depend_on_the_order_of_its_pictures() -> None:
+    turned = {size: names[::-1] for size, names in reversed(BUCKETS.items())}
+    assert draws(FixedPlan(turned, 4)) == draws(FixedPlan(BUCKETS, 4))
+
+
+def test_a_measured_sample_is_not_augmented_and_weighs_1() -> None:
+    facts = {"width": 64, "height": 48, "caption": "a, b", "mask_path": None, "content": "d"}
+    sample = scan.Sample("subject/a.png", Path("a.png"), **facts, multiply=3.0, cond_dropout=None, flip_p=0.5,
+                         loss_scale=2.0, shuffle_tags=None)  # fmt: skip
+    assert still(sample) == scan.Sample("subject/a.png", Path("a.png"), **facts, multiply=1.0, cond_dropout=0.0,
+                                        flip_p=0.0, loss_scale=1.0, shuffle_tags=False)  # fmt: skip
 
 
 class FakeBatch:
