@@ -13,6 +13,7 @@ import torch
 
 from everydream.errors import ConfigError
 from everydream.optim.groups import Group, param_groups
+from everydream.optim.rounding import Rounding
 from everydream.optim.table import HYPERPARAMETERS, Row, row_of, unknown
 
 
@@ -60,10 +61,11 @@ def make(
     weight_decay: float | None = None,
     args: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
+    rounding_seed: int | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer of one part. None means the row's default; what the row does not have is left out.
 
-    Schedule-free optimizers come in training mode.
+    Schedule-free optimizers come in training mode. `rounding_seed`: the weights are bf16, see rounding.py.
     """
     row, cls = _load(name)
     chosen = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
@@ -77,10 +79,19 @@ def make(
     arguments.update(args or {})
     if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
         arguments.setdefault("fused", fused_on(device))
-    optimizer = cls(param_groups(groups), **arguments)
-    if hasattr(optimizer, "is_paged"):
-        vars(optimizer)["_cpu_paged_warned"] = True  # bitsandbytes' own words for what `check` has said already
-    set_mode(optimizer, training=True)
+
+    def build(some: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        optimizer = cls(some, **arguments)
+        if hasattr(optimizer, "is_paged"):
+            vars(optimizer)["_cpu_paged_warned"] = True  # bitsandbytes' own words for what `check` has said already
+        set_mode(optimizer, training=True)
+        return optimizer
+
+    optimizer = build(param_groups(groups))
+    if rounding_seed is not None:
+        assert row.may_round, f"{name} cannot train bf16 weights: {row.cannot_round}"
+        names = {p: f"{g.part}/{n}" for g in groups for n, p in zip(g.names, g.params(), strict=True)}
+        Rounding(optimizer, build, names, rounding_seed)
     return optimizer
 
 
