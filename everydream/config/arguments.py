@@ -6,6 +6,7 @@ No abbreviations: `--batch` is an error, so that a new setting never changes wha
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,65 +90,63 @@ def _own(line: Line, option: str, words: list[str], report: Report) -> None:
 
 
 def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Source, report: Report) -> None:
+    """One option that is no action: into `raw`, or into the source's unset or wrong keys."""
     fields, shown = kinds(Settings), f"--{option}"
-    key, negated = option, False
-    if option.startswith("no_") and option not in ALIASES and option not in RETIRED:
-        key, negated = option[3:], True
+    negated = option.startswith("no_") and not (option in fields or option in ALIASES or option in RETIRED)
+    key = option[3:] if negated else option
+    name = ALIASES[key].key if key in ALIASES else key
     if key in RETIRED:
         report.note(RETIRED[key].say(shown), COMMAND_LINE)
-        return
-    name = ALIASES[key].key if key in ALIASES else key
-    if name not in fields or (negated and bool not in fields[name].types):
+    elif name not in fields or (negated and bool not in fields[name].types):
         hint = nearest(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
         report.problem(COMMAND_LINE, f"{shown} is not a setting.{hint}")
-        return
-    if name in raw and not fields[name].many:
+    elif name in source.unset or (name in raw and not fields[name].many):
         report.problem(COMMAND_LINE, f"{shown} is given twice")
-    elif negated and words:
-        report.problem(COMMAND_LINE, f"{shown} takes no value")
-    elif words == ["null"]:
-        source.unset[name] = Stated(None, UNSET, COMMAND_LINE, shown)
-        return
+        source.wrong.add(name)
     else:
-        kind = Kind(types=(bool,)) if key in ALIASES and ALIASES[key].values else fields[name]
-        if not words and not kind.many and bool not in kind.types and not negated:
-            report.problem(COMMAND_LINE, f"{shown} needs a value: {kind.phrase()}")
+        value = _value(key, name, shown, False if negated else None, words, report)
+        if value is REFUSED:
             source.wrong.add(name)
-            return
-        value = False if negated else _parse(kind, words)
-        if key in ALIASES:
-            value = translate(key, value, COMMAND_LINE, report)
-        if value is None:
-            return
-        if means_null(name, value, shown, COMMAND_LINE, report):
+        elif value is None:
             source.unset[name] = Stated(None, UNSET, COMMAND_LINE, shown)
-            return
-        if value is not REFUSED:
-            before: tuple[Any, ...] = raw[name].value if name in raw else ()
-            raw[name] = Stated((*before, *value) if fields[name].many else value, COMMAND_LINE, COMMAND_LINE, shown)
-            return
-    source.wrong.add(name)
+        else:
+            value = (*raw[name].value, *value) if name in raw else value
+            raw[name] = Stated(value, COMMAND_LINE, COMMAND_LINE, shown)
+
+
+def _value(key: str, name: str, shown: str, said: bool | None, words: list[str], report: Report) -> Any:
+    """What an option says: None for null, REFUSED after a problem; `said` False for --no_flag."""
+    kind = Kind(types=(bool,)) if key in ALIASES and ALIASES[key].values else kinds(Settings)[name]
+    if said is not None and words:
+        report.problem(COMMAND_LINE, f"{shown} takes no value")
+        return REFUSED
+    if words == ["null"]:
+        return None
+    if said is None and not words and bool not in kind.types:
+        report.problem(COMMAND_LINE, f"{shown} needs a value: {kind.phrase()}")
+        return REFUSED
+    value = _parse(kind, words) if said is None else said
+    if key in ALIASES:
+        value = translate(key, value, COMMAND_LINE, report)
+    return None if means_null(name, value, shown, COMMAND_LINE, report) else value
 
 
 def _parse(kind: Kind, words: list[str]) -> Any:
     """The words as the kind's value; what does not parse stays text, which the schema then refuses."""
     if kind.many:
-        return tuple(item for word in words for item in _items(kind, word))
-    if not words and bool in kind.types:
+        return tuple(item for word in words for item in _items(word))
+    if not words:
         return True
-    return _one(kind, " ".join(words)) if len(words) <= 1 else tuple(words)
+    return _one(kind, words[0]) if len(words) == 1 else tuple(words)
 
 
-def _items(kind: Kind, word: str) -> tuple[Any, ...]:
-    if word.startswith("["):
-        import json
-
-        try:
-            parsed = json.loads(word)
-        except ValueError:
-            return (word,)
-        return tuple(parsed)
-    return (_one(kind, word),)
+def _items(word: str) -> tuple[Any, ...]:
+    if not word.startswith("["):
+        return (word,)
+    try:
+        return tuple(json.loads(word))
+    except ValueError:
+        return (word,)
 
 
 def _one(kind: Kind, word: str) -> Any:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from everydream.config.redact import clean
 from everydream.config.resolve import Resolved, resolve
 from everydream.errors import ConfigError
 
@@ -26,15 +27,20 @@ def settings_or_exit(argv: Sequence[str]) -> Resolved:
         _print(*error.problems, to_stderr=True)
         sys.exit(error.exit_code)
     if resolved.action in ("print_config", "print_config_json"):
-        _print(*resolved.notes, to_stderr=True)
+        if resolved.notes:
+            _print(*resolved.notes, to_stderr=True)
         _print(show.config_json(resolved) if resolved.action == "print_config_json" else show.config_table(resolved))
         sys.exit(0)
     return resolved
 
 
 def _print(*texts: str, to_stderr: bool = False) -> None:
-    if _is_rank_0():
-        print(*texts, sep="\n", file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    if not _is_rank_0():
+        return
+    try:
+        print(*map(clean, texts), sep="\n", file=sys.stderr if to_stderr else sys.stdout, flush=True)
+    except BrokenPipeError:  # `… --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_rank_0() -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from everydream.config.sources import DEFAULT, UNSET, Report, Source, Stated, plain, show
+from everydream.config.sources import DEFAULT, DRAWN, UNSET, Report, Source, Stated, plain, show
 
 
 class Override(NamedTuple):
@@ -38,7 +38,7 @@ def default_entry(value: Any) -> Entry:
 
 
 def choose(key: str, sources: Sequence[Source], default: Entry) -> Entry:
-    """Precedence: the first of `sources` (highest first) that states the key. Unset on the command line: the default."""
+    """Precedence: the first of `sources` that states the key (highest first). Unset: the default."""
     stated = [source.values[key] for source in sources if key in source.values]
     if key in sources[0].unset:
         return replace(default, origin=UNSET, overrides=_overrides(stated), place="")
@@ -55,7 +55,7 @@ def _overrides(stated: Sequence[Stated]) -> tuple[Override, ...]:
 def say_overrides(name: str, entry: Entry, report: Report) -> None:
     """ "lr 2e-06 from train.json overrides 1e-06 from optimizer.json", where the values differ."""
     for hidden in entry.overrides:
-        if hidden.value == entry.value:
+        if hidden.value == entry.value or entry.origin == DRAWN:
             continue
         if entry.origin == UNSET:
             report.note(f"{name} {show(entry.value)}: null on the command line hides "

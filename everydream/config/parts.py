@@ -16,6 +16,7 @@ DEFAULT_OPTIMIZER = "adamw8bit"
 BASE, TEXT_ENCODER, FREEZING = "optimizer.base.", "optimizer.text_encoder.", "optimizer.text_encoder_freezing."
 PREFIXES = {"unet": BASE, "text_encoder": TEXT_ENCODER}
 SCHEDULE_KEYS = ("lr_scheduler", "lr_warmup_steps", "lr_decay_steps")  # also in train.json and on the command line
+CONSTANT = ("constant", "constant_with_warmup")
 COMMON_DEFAULTS = {
     "lr_scheduler": "constant",
     "lr_warmup_steps": 0,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from everydream.config import arguments, rules
+from everydream.config import arguments, checks
 from everydream.config.entries import Entry, Override, choose, default_entry, say_overrides
 from everydream.config.files import (
     FORMAT,
@@ -26,6 +26,7 @@ from everydream.config.files import (
 from everydream.config.parts import (
     BASE,
     FREEZING,
+    PREFIXES,
     SCHEDULE_KEYS,
     TEXT_ENCODER,
     PartOptimizer,
@@ -33,14 +34,25 @@ from everydream.config.parts import (
     resolve_parts,
     say_part_overrides,
 )
+from everydream.config.redact import clean
 from everydream.config.schema import Settings, TextEncoderFreezing, ValidationSettings, absolute
-from everydream.config.sources import DEFAULT, LAUNCHER, UNSET, Report, Source, Stated, check, plain
+from everydream.config.sources import (
+    COMMAND_LINE,
+    DEFAULT,
+    DRAWN,
+    LAUNCHER,
+    UNSET,
+    Report,
+    Source,
+    Stated,
+    check,
+    plain,
+)
 from everydream.errors import ConfigError
 
 # Shown as optimizer.base.lr, optimizer.text_encoder.lr, … and only there
 OPTIMIZER_KEYS = ("lr", "text_encoder_lr", *SCHEDULE_KEYS)
 NOT_RECORDED = ("resume", "resume_changed", "accept_data_changes")  # said of one start, not of the run
-DRAWN = "drawn"  # origin of a seed that −1 asked for
 
 
 @dataclass(frozen=True)
@@ -54,16 +66,17 @@ class Resolved:
     entries: Mapping[str, Entry]
     notes: tuple[str, ...]  # overridden, unused, without effect, retired: each said once
     action: str  # "train", "dry_run", "print_config", "print_config_json"
+    processes: int = 1  # as the launcher says
 
     def record(self) -> dict[str, Any]:
-        """The content of config.json, which --config takes back: plain JSON."""
+        """The content of config.json, which --config takes back: plain JSON without secrets."""
         settings = {
             key: {"value": plain(entry.value), "origin": entry.origin}
             | ({"inherited": True} if entry.inherited else {})
             for key, entry in self.entries.items()
             if key not in NOT_RECORDED
         }
-        return {"format": FORMAT, "settings": settings}
+        return {"format": FORMAT, "processes": self.processes, "settings": clean(settings)}
 
     def with_seed(self, seed: int) -> Resolved:
         """The same settings with a seed that was agreed on: each process draws its own where `seed` is −1."""
@@ -79,8 +92,18 @@ class _Files:
     train: Source = field(default_factory=lambda: Source("train.json"))
     optimizer: OptimizerSource = field(default_factory=no_optimizer_file)
     validation: Source | None = None
-    config: Path | None = None
+    config: str = ""  # the file of --config, as messages name it
     unread: bool = False
+
+    def wrong(self) -> set[str]:
+        """Keys, as entries have them, whose value a file states wrongly."""
+        parts = {
+            BASE: self.optimizer.base,
+            TEXT_ENCODER: self.optimizer.text_encoder,
+            FREEZING: self.optimizer.freezing,
+        }
+        parts |= {"": self.train, "validation.": self.validation or Source("")}
+        return {prefix + key for prefix, source in parts.items() for key in source.wrong}
 
 
 def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
@@ -89,31 +112,32 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     line = arguments.read(argv, report)
     files = _read_files(line, report)
     launcher = _launcher(environ, report)
+    processes = int(environ.get("WORLD_SIZE") or 1)
 
-    entries = _choose_settings([line.source, files.train, launcher])
+    entries = _choose_settings([line.source, files.train, launcher], report)
     entries |= resolve_parts(line.source, files.train, files.optimizer, report)
-    _say_missing(entries, line, files, report)
+    validation = _choose_validation(files.validation, entries)
+    if not files.unread:
+        wrong = line.source.wrong | files.wrong()
+        _say_missing(entries, wrong, files, report)
+        checks.check(entries, wrong, processes, not line.action.startswith("print_config"), report)
+    if report.problems:
+        raise ConfigError(report.problems)
+
     for key in Settings.model_fields:
         if key in entries:
             say_overrides(key, entries[key], report)
     say_part_overrides(entries, report)
-    validation = _choose_validation(files.validation, entries)
-    if not report.problems:
-        rules.check(entries, environ, line.action, report)
-    if report.problems:
-        raise ConfigError(report.problems)
-
-    parts = {part: part_optimizer(part, entries) for part in ("unet", "text_encoder")}
+    freezing = {key: entries[FREEZING + key].value for key in TextEncoderFreezing.model_fields}
     return Resolved(
         settings=_settings(entries),
-        optimizers=parts,
-        freezing=TextEncoderFreezing(
-            **{key: entries[FREEZING + key].value for key in TextEncoderFreezing.model_fields}
-        ),
+        optimizers={part: part_optimizer(part, entries) for part in PREFIXES},
+        freezing=TextEncoderFreezing(**freezing),
         validation=validation,
         entries=entries,
         notes=tuple(report.notes),
         action=line.action,
+        processes=processes,
     )
 
 
@@ -122,9 +146,9 @@ def _read_files(line: arguments.Line, report: Report) -> _Files:
     files = _Files()
     repeated = False
     if line.config is not None:
-        files.config = absolute(line.config, Path.cwd())
         try:
-            file = File(files.config, report)
+            file = File(absolute(line.config, Path.cwd()), report)
+            files.config = file.shown
             if is_record(file):
                 record = record_source(file)
                 files.train, files.optimizer, files.validation = record.train, record.optimizer, record.validation
@@ -169,7 +193,7 @@ def _launcher(environ: Mapping[str, str], report: Report) -> Source:
     return check(Settings, {"mixed_precision": stated}, Path.cwd(), report)
 
 
-def _choose_settings(sources: Sequence[Source]) -> dict[str, Entry]:
+def _choose_settings(sources: Sequence[Source], report: Report) -> dict[str, Entry]:
     """Entries of all settings but the optimizer's; required ones that nobody states are not among them."""
     entries = {}
     for key, one in Settings.model_fields.items():
@@ -178,11 +202,11 @@ def _choose_settings(sources: Sequence[Source]) -> dict[str, Entry]:
         entry = choose(key, sources, default_entry(None if one.is_required() else one.default))
         if not one.is_required() or entry.value is not None:
             entries[key] = entry
-    _derive(entries)
+    _derive(entries, report)
     return entries
 
 
-def _derive(entries: dict[str, Entry]) -> None:
+def _derive(entries: dict[str, Entry], report: Report) -> None:
     """Defaults that depend on something else than the schema."""
     if entries["mixed_precision"].value is None:
         entries["mixed_precision"] = replace(entries["mixed_precision"], value="no", default="no")
@@ -197,17 +221,15 @@ def _derive(entries: dict[str, Entry]) -> None:
         from random import SystemRandom
 
         drawn = SystemRandom().randrange(2**31)
+        report.note(f"seed {drawn} was drawn")
         entries["seed"] = Entry(drawn, DRAWN, (Override(seed.origin, -1), *seed.overrides), seed.default)
 
 
-def _say_missing(entries: Mapping[str, Entry], line: arguments.Line, files: _Files, report: Report) -> None:
-    if files.unread:
-        return
+def _say_missing(entries: Mapping[str, Entry], wrong: set[str], files: _Files, report: Report) -> None:
     for key, one in Settings.model_fields.items():
-        if not one.is_required() or key in entries or key in line.source.wrong | files.train.wrong:
-            continue
-        where, hint = (files.train.origin, "") if line.config else ("command line", _hint_of_config())
-        report.problem(where, f"{key} is missing. {one.description}{hint}")
+        if one.is_required() and key not in entries and key not in wrong:
+            hint = "" if files.config else _hint_of_config()
+            report.problem(files.config or COMMAND_LINE, f"{key} is missing: {one.description}{hint}")
 
 
 def _hint_of_config() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ COMMAND_LINE = "command line"
 UNSET = "command line (unset)"
 LAUNCHER = "launcher"
 DEFAULT = "default"
+DRAWN = "drawn"  # of a seed that −1 asked for
 
 
 class Stated(NamedTuple):
@@ -61,8 +63,6 @@ class Report:
 
 def show(value: Any) -> str:
     """A value as JSON and the messages write it, shortened."""
-    import json
-
     text = json.dumps(plain(value), ensure_ascii=False)
     return text if len(text) <= 100 else text[:97] + "…" + text[-1]
 
@@ -80,7 +80,8 @@ def plain(value: Any) -> Any:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'batch_size'?", or nothing where no name is near."""
-    near = get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)
+    names = list(names)
+    near = get_close_matches(name.lower(), names, n=1) or [one for one in names if name and one.startswith(name)]
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
