@@ -19,6 +19,7 @@ from everydream.training.divided import divided
 
 if TYPE_CHECKING:
     from everydream.data.batch import Batch
+    from everydream.data.dataset import MicroBatches
     from everydream.data.scan import Sample
     from everydream.runtime import Ranks
 
@@ -104,28 +105,30 @@ class FixedPlan:
 
 
 class Validation:
-    """`sets`: metric → batches, the same each time. `loss_of`: batch → loss_B, the objective's, not weighted.
+    """`plans`: metric → what to look at, by names of `dataset` (data.dataset.MicroBatches, with validation's own seed).
+    `loss_of`: batch → loss_B, the objective's, not weighted.
 
     The caller puts the model into eval mode, and EMA's weights in where wanted. No random generator is touched.
     """
 
     def __init__(
         self,
-        sets: Mapping[str, Sequence[Batch]],
+        dataset: MicroBatches,
+        plans: Mapping[str, FixedPlan],
         loss_of: Callable[[Batch], torch.Tensor],
         ranks: Ranks,
         stop: Callable[[], int],
     ) -> None:
-        self.sets, self.loss_of, self.ranks, self.stop = sets, loss_of, ranks, stop
+        self.dataset, self.plans, self.loss_of, self.ranks, self.stop = dataset, plans, loss_of, ranks, stop
 
     def __call__(self, step: int) -> dict[str, float]:
         """The mean loss over each set's pictures; nothing if a stop signal came first. All processes must call it."""
-        items = [(name, i) for name, batches in self.sets.items() for i in range(len(batches))]
+        items = [(name, i) for name, plan in self.plans.items() for i in range(len(plan))]
         try:
             losses = divided(self.ranks, items, self._losses, self.stop)
         except Stopped:
             return {}
-        values: dict[str, list[float]] = {name: [] for name in self.sets}
+        values: dict[str, list[float]] = {name: [] for name in self.plans}
         for (name, _), some in zip(items, losses, strict=True):
             values[name] += some
         return {name: math.fsum(some) / len(some) for name, some in values.items() if some}
@@ -133,7 +136,8 @@ class Validation:
     @torch.no_grad()
     def _losses(self, item: tuple[str, int]) -> list[float]:
         name, i = item
-        losses: list[float] = self.loss_of(self.sets[name][i].to(self.ranks.device)).tolist()
+        batch = self.dataset[name, self.plans[name].micro_batch(i)].to(self.ranks.device)
+        losses: list[float] = self.loss_of(batch).tolist()
         return losses
 
 

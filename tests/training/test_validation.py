@@ -1,17 +1,26 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from everydream.data import scan
+from everydream.data.buckets import assign, bucket_sizes
+from everydream.data.dataset import Augmentation, MicroBatches, Source
+from everydream.data.folders import Root
+from everydream.data.plan import Draw
+from everydream.diffusion.noise import NoiseSampler
+from everydream.diffusion.times import TimeSampler
 from everydream.draws import generator
 from everydream.errors import DataError
 from everydream.training.validation import FixedPlan, NoValidation, Validation, choose, refuse_shared, split, still
+from tests.tiny import make_pictures
 from tests.training.processes import on_processes
 
 
@@ -123,18 +132,17 @@ def test_a_measured_sample_is_not_augmented_and_weighs_1() -> None:
 
 
 class FakeBatch:
-    def __init__(self, name: str, i: int, n: int) -> None:
-        rng = generator(0, name, i)
-        self.x_BC = torch.from_numpy(rng.standard_normal((n, 6), dtype="float32"))
+    def __init__(self, name: str, draws: Sequence[Draw]) -> None:
+        rows = [generator(0, name, d.sample, d.repeat).standard_normal(6, dtype="float32") for d in draws]
+        self.x_BC = torch.from_numpy(np.stack(rows))
 
     def to(self, device: Any) -> FakeBatch:
         return self
 
 
-def batches(name: str, pictures: int, batch_size: int = 3) -> list[Any]:
-    return [
-        FakeBatch(name, i, min(batch_size, pictures - start)) for i, start in enumerate(range(0, pictures, batch_size))
-    ]
+class FakeDataset:
+    def __getitem__(self, item: tuple[str, Sequence[Draw]]) -> FakeBatch:
+        return FakeBatch(*item)
 
 
 def model() -> nn.Module:
@@ -142,20 +150,23 @@ def model() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 1)).eval()
 
 
-SETS = {"loss_val": batches("val", 8), "loss_train_fixed": batches("train", 4), "loss_val_empty": []}
+PLANS = {
+    "loss_val": FixedPlan(BUCKETS, 4),
+    "loss_train_fixed": FixedPlan({(64, 64): [str(i) for i in range(40)]}, 7),
+    "loss_val_empty": FixedPlan({}, 4),
+}
 
 
 def validation(ranks: Any, net: nn.Module, stop: Any = lambda: 0) -> Validation:
-    return Validation(SETS, lambda batch: net(batch.x_BC).square().flatten(), ranks, stop)
+    return Validation(FakeDataset(), PLANS, lambda batch: net(batch.x_BC).square().flatten(), ranks, stop)
 
 
 def test_a_sets_loss_is_the_mean_over_its_pictures() -> None:
     net = model()
     (values,) = on_processes(1, lambda ranks: validation(ranks, net)(0))
-    for name, some in SETS.items():
-        if some:
-            x = torch.cat([batch.x_BC for batch in some])
-            assert values[name] == pytest.approx(net(x).square().mean().item(), rel=1e-6)
+    for name in ("loss_val", "loss_train_fixed"):
+        x = FakeBatch(name, [Draw(*draw) for draw in draws(PLANS[name])]).x_BC
+        assert values[name] == pytest.approx(net(x).square().mean().item(), rel=1e-6)
     assert set(values) == {"loss_val", "loss_train_fixed"}
 
 
@@ -181,8 +192,9 @@ def test_a_stop_signal_ends_validation_between_two_batches_without_a_result(coun
 
     def work(ranks: Any) -> Any:
         signals = iter([0, 15])
-        seeing = Validation(SETS, lambda batch: seen.append(1) or torch.ones(1), ranks, lambda: next(signals))
-        return seeing(0)
+        return Validation(
+            FakeDataset(), PLANS, lambda batch: seen.append(1) or torch.ones(1), ranks, lambda: next(signals)
+        )(0)
 
     assert on_processes(count, work) == [{}] * count
     assert len(seen) == count
@@ -190,13 +202,51 @@ def test_a_stop_signal_ends_validation_between_two_batches_without_a_result(coun
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_error_on_one_process_is_raised_on_all(count: int) -> None:
+    broken = FakeBatch("loss_val", PLANS["loss_val"].micro_batch(1)).x_BC
+
     def loss_of(batch: Any) -> torch.Tensor:
-        if batch is SETS["loss_val"][1]:
+        if torch.equal(batch.x_BC, broken):
             raise RuntimeError("out of memory")
         return torch.ones(1)
 
-    results = on_processes(count, lambda ranks: Validation(SETS, loss_of, ranks, lambda: 0)(0))
+    results = on_processes(count, lambda ranks: Validation(FakeDataset(), PLANS, loss_of, ranks, lambda: 0)(0))
     assert ["out of memory" in str(result) for result in results] == [True] * count
+
+
+def real(folder: Path, seed: int = 1) -> tuple[MicroBatches, dict[str, list[str]]]:
+    """The data layer on seven small pictures of two shapes; every augmentation asked for beside the pictures."""
+    make_pictures(folder, 7, size=[(64, 64), (96, 32)], captions="red, star, {i}")
+    for name, value in (("flip_p", "0.5"), ("cond_dropout", "0.5"), ("loss_scale", "3"), ("multiply", "2")):
+        (folder / f"{name}.txt").write_text(value)
+    samples = scan.scan([Root("validation", folder)]).usable()
+    assert all(sample.loss_scale == 3 and sample.flip_p == 0.5 for sample in samples)
+    buckets = assign([(s.identity, s.width, s.height) for s in samples], bucket_sizes(64, 8))
+    dataset = MicroBatches(
+        {"loss_val": Source.of(map(still, samples), buckets, Augmentation())},
+        seed,
+        times=TimeSampler(0, 1000, 1000),
+        noise=NoiseSampler(),
+        tokenize=lambda captions, chunks: np.zeros((len(captions), chunks, 77), dtype=np.int64),
+    )
+    return dataset, buckets
+
+
+def test_noise_and_timesteps_of_real_pictures_are_the_same_each_time_and_nothing_is_augmented(tmp_path: Path) -> None:
+    dataset, buckets = real(tmp_path)
+
+    def looks(batch_size: int, dataset: MicroBatches = dataset) -> dict[Any, Any]:
+        plan, seen = FixedPlan(buckets, batch_size), {}
+        for draws_B in map(plan.micro_batch, range(len(plan))):
+            batch = dataset["loss_val", draws_B]
+            assert not any(batch.flips) and all(batch.captions) and (batch.weights_B == 1).all()
+            for i, draw in enumerate(draws_B):
+                seen[draw] = (int(batch.t_B[i]), batch.noise_BCHW[i].numpy().tobytes(), batch.crops[i])
+        return seen
+
+    first = looks(4)
+    assert first == looks(4) == looks(1)
+    assert len(first) == 7 * 5 and len(set(first.values())) == len(first)
+    assert not set(first.values()) & set(looks(4, real(tmp_path, seed=2)[0]).values())
 
 
 def test_no_validation_measures_nothing() -> None:
