@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .pictures import Box, Size
+from everydream.data.pictures import Box, Size
 
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float = 4.0) -> tuple[Size, ...]:

@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from ..errors import DataError
-from .gate import Progress, no_progress
-from .pictures import Box, Size, quiet_pillow, read_mask, read_pixels
-from .problems import Problem, Unfit
-from .scan import Sample
+from everydream.data.gate import Progress, no_progress
+from everydream.data.pictures import Box, Size, quiet_pillow, read_mask, read_pixels
+from everydream.data.problems import Problem, Unfit
+from everydream.data.scan import Sample
+from everydream.errors import DataError
 
 _VERSION = 1  # of the transform from file to pixels: a change makes every latent anew
 _PACK_BYTES, _PACK_SECONDS = 64 << 20, 30.0

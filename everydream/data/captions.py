@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .problems import Unfit
+from everydream.data.problems import Unfit
 
 MAX_TEXT_BYTES = 64 * 1024
 SIDECARS = (".txt", ".caption", ".yaml", ".yml")  # first found wins

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..draws import generator
-from ..errors import DataError
-from .batch import Batch
-from .buckets import crop_box
-from .cache import LatentCache, LatentRequest, TextCache, mask_of, pixels_of
-from .captions import shuffle_tags
-from .pictures import Box, Size, quiet_pillow
-from .plan import Draw, Plan
-from .scan import Sample
+from everydream.data.batch import Batch
+from everydream.data.buckets import crop_box
+from everydream.data.cache import LatentCache, LatentRequest, TextCache, mask_of, pixels_of
+from everydream.data.captions import shuffle_tags
+from everydream.data.pictures import Box, Size, quiet_pillow
+from everydream.data.plan import Draw, Plan
+from everydream.data.scan import Sample
+from everydream.draws import generator
+from everydream.errors import DataError
 
 Item = tuple[str, int | tuple[Draw, ...]]  # source name, and a micro-batch of its plan or the draws themselves
 Rng = np.random.Generator

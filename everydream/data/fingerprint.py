@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .problems import listed
-from .scan import Sample
+from everydream.data.problems import listed
+from everydream.data.scan import Sample
 
 Fingerprint = dict[str, str]  # identity → "<picture>:<caption>:<the rest>", plain JSON
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from .captions import FOLDER_FILES, SIDECARS, Values, read_folder_file, read_manifest, read_sidecar
-from .pictures import EXTENSIONS, MASK, UNREADABLE
-from .problems import Problem, Unfit
+from everydream.data.captions import FOLDER_FILES, SIDECARS, Values, read_folder_file, read_manifest, read_sidecar
+from everydream.data.pictures import EXTENSIONS, MASK, UNREADABLE
+from everydream.data.problems import Problem, Unfit
 
 MANIFESTS = ("manifest.json", "manifest.jsonl", "metadata.jsonl")
 

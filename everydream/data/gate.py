@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 
-from .pictures import PictureFacts, quiet_pillow, refuse_size, verify
-from .problems import Unfit
+from everydream.data.pictures import PictureFacts, quiet_pillow, refuse_size, verify
+from everydream.data.problems import Unfit
 
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it ends the work, and is passed on
 Checked = PictureFacts | Unfit

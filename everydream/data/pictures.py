@@ -36,7 +36,7 @@ from PIL import (  # imported for their decoders, and here: Pillow's own lookup 
     WebPImagePlugin,  # noqa: F401
 )
 
-from .problems import Unfit
+from everydream.data.problems import Unfit
 
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]

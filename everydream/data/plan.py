@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..draws import generator
-from ..errors import DataError
-from .pictures import Size
+from everydream.data.pictures import Size
+from everydream.draws import generator
+from everydream.errors import DataError
 
 
 class Draw(NamedTuple):

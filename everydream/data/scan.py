@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import DataError
-from .captions import caption_from_name, is_camera_name
-from .folders import Findings, Found, Root, find, nfc
-from .gate import Checked, Progress, check_pictures, no_progress
-from .pictures import PictureFacts
-from .problems import Problem, Unfit, listed, shown
+from everydream.data.captions import caption_from_name, is_camera_name
+from everydream.data.folders import Findings, Found, Root, find, nfc
+from everydream.data.gate import Checked, Progress, check_pictures, no_progress
+from everydream.data.pictures import PictureFacts
+from everydream.data.problems import Problem, Unfit, listed, shown
+from everydream.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .buckets import is_small
-from .plan import Plan, updates_in
-from .problems import listed, shown
-from .scan import Sample
+from everydream.data.buckets import is_small
+from everydream.data.plan import Plan, updates_in
+from everydream.data.problems import listed, shown
+from everydream.data.scan import Sample
 
 
 def bucket_lines(plan: Plan) -> list[str]:
