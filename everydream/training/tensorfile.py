@@ -110,7 +110,8 @@ def identity(tensor: Tensor) -> tuple[object, ...]:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A host tensor's elements in order, without a copy where they already lie so."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    # as_strided, not view: a tensor of one element may have any stride, and is contiguous all the same.
+    return tensor.contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,0 +1,97 @@
+"""A tensors' file is the library's own format, byte by byte what was given, and costs no second copy of the tensors."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from everydream.training.storage import write_atomically
+from everydream.training.tensorfile import DTYPES, HostCopies, Tensors, as_bytes, identity, read_tensors
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    made = {
+        str(dtype): torch.randint(0, 2, (3, 5), generator=rng).to(dtype) for dtype in DTYPES
+    }  # odd sizes, so that what follows a narrow type would be misaligned
+    return {
+        **made,
+        "scalar": torch.tensor(0.5),
+        "empty": torch.zeros(0, 4),
+        "transposed": torch.randn(4, 6, generator=rng).t(),
+        "channels last": torch.randn(1, 2, 3, 4, generator=rng).contiguous(memory_format=torch.channels_last),
+        "a slice with a stride": torch.randn(9, generator=rng)[::8][:1],
+        'ünïcode/and "quotes"': torch.randn(2, generator=rng),
+    }
+
+
+def test_the_library_reads_every_type_and_layout(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    write_atomically(tmp_path / "a.safetensors", Tensors(tensors, {"format": "pt", "recipe": '{"lr": 1}'}))
+    for read in (load_file(tmp_path / "a.safetensors"), read_tensors(tmp_path / "a.safetensors")):
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+            assert as_bytes(read[name]) == as_bytes(tensor)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "recipe": '{"lr": 1}'}
+
+
+def test_the_bytes_are_those_that_the_library_writes(tmp_path: Path) -> None:
+    tensors = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16), "c": torch.ones(2, dtype=torch.float64)}
+    write_atomically(tmp_path / "ours", Tensors(tensors))
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_hash_and_size_are_of_what_lies_on_the_disk(tmp_path: Path) -> None:
+    written = write_atomically(tmp_path / "a", Tensors(some_tensors()))
+    content = (tmp_path / "a").read_bytes()
+    assert (written.size, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_dtype_casts_floating_tensors_only(tmp_path: Path) -> None:
+    write_atomically(
+        tmp_path / "a", Tensors({"w": torch.tensor([1.0, 1e-9]), "ids": torch.arange(3)}, dtype=torch.bfloat16)
+    )
+    read = read_tensors(tmp_path / "a")
+    assert read["w"].dtype == torch.bfloat16 and torch.equal(read["w"], torch.tensor([1.0, 1e-9]).bfloat16())
+    assert torch.equal(read["ids"], torch.arange(3))
+
+
+def test_read_tensors_outlive_their_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "a", Tensors({"w": torch.arange(1000)}))
+    read = read_tensors(tmp_path / "a")
+    with open(tmp_path / "a", "r+b") as file:  # a map of the file would see this, or be killed by it
+        file.truncate(8)
+    assert torch.equal(read["w"], torch.arange(1000))
+
+
+def test_copies_do_not_change_with_training_and_shared_memory_is_copied_once() -> None:
+    weight = torch.arange(4.0, requires_grad=True)
+    copies = HostCopies()
+    first, second, view = copies.of(weight), copies.of(weight), copies.of(weight[:2])
+    copies.wait()
+    with torch.no_grad():
+        weight.zero_()
+    assert first is second and view is not first
+    assert first.tolist() == [0, 1, 2, 3] and view.tolist() == [0, 1]
+
+
+def test_empty_tensors_are_never_taken_for_one_another() -> None:
+    a, b = torch.zeros(0), torch.zeros(0)
+    assert identity(a) == identity(a) != identity(b)
+
+
+@pytest.mark.gpu
+def test_copies_from_a_card_are_exact() -> None:
+    tensors = [torch.randn(1000, 1000, device="cuda") for _ in range(4)]
+    copies = HostCopies()
+    held = [copies.of(tensor) for tensor in tensors]
+    copies.wait()
+    assert all(torch.equal(a, b.cpu()) and a.is_pinned() for a, b in zip(held, tensors, strict=True))

@@ -1,0 +1,229 @@
+"""A run's folder is never overwritten, holds one process at a time, and is found by its project and counter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+import pytest
+
+from everydream.errors import CheckpointError, ConfigError, SaveError
+from everydream.training import checkpoint
+from everydream.training.lock import Lock
+from everydream.training.runfolder import Run, make_run, resolve_resume, runs
+from everydream.training.storage import Bytes
+
+ROOT = Path(__file__).parents[2]
+NOON = datetime(2026, 5, 1, 12, 0, 0, tzinfo=timezone.utc)
+
+
+def make(logdir: Path, project: str = "cat", now: datetime = NOON, steps: tuple[int, ...] = ()) -> Run:
+    run = make_run(logdir, project, project, {"format": "everydream-config-1"}, now=now)
+    for step in steps:
+        checkpoint.commit(run.checkpoints, step, {"state.json": Bytes(b"%d" % step)})
+    run.lock.release()
+    return run
+
+
+def damage(path: Path) -> None:
+    (path / "state.json").write_bytes(b"?")
+
+
+def resume(what: str | Path, logdir: Path, project: str = "cat"):  # type: ignore[no-untyped-def]
+    found = resolve_resume(str(what), logdir, project)
+    if found.run:
+        found.run.lock.release()
+    return found
+
+
+# Making
+
+
+def test_folders_are_never_overwritten(tmp_path: Path) -> None:
+    names = [make(tmp_path / "logs").folder.name for _ in range(3)]
+    assert names == ["cat-20260501-120000", "cat-20260501-120000-2", "cat-20260501-120000-3"]
+
+
+def test_config_holds_the_record_and_what_the_run_is(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    about = {"counter": 1, "project_name": "cat", "created": "2026-05-01T12:00:00+00:00"}
+    assert json.loads(run.config.read_text()) == {"format": "everydream-config-1", "run": about}
+    run.write_config({"format": "everydream-config-1", "lr": 2})
+    assert json.loads(run.config.read_text()) == {"format": "everydream-config-1", "lr": 2, "run": about}
+
+
+def test_order_is_the_counter_whatever_the_clock_says(tmp_path: Path) -> None:
+    first = make(tmp_path, steps=(1,))
+    other = make(tmp_path, "dog", steps=(1,))
+    set_back = make(tmp_path, now=NOON.replace(year=2001), steps=(1,))
+    assert [run.counter for run in (first, other, set_back)] == [1, 2, 3]
+    assert runs(tmp_path, "cat") == [set_back, first]
+    assert resume("latest", tmp_path).run == set_back
+
+
+def test_what_is_no_run_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text('{"run": 3')
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "config.json").write_text('{"format": "everydream-config-1"}')
+    run = make(tmp_path)
+    assert run.counter == 1 and runs(tmp_path) == [run]
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_saving(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(SaveError, match=r"cannot make a run folder in .*logs"):
+        make(tmp_path / "logs")
+
+
+# The lock
+
+
+def hold(path: Path) -> subprocess.Popen[str]:
+    code = f"""
+from pathlib import Path
+from everydream.training.lock import Lock
+Lock(Path({str(path)!r})).take()
+print("held", flush=True)
+input()
+"""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout and child.stdout.readline() == "held\n"
+    return child
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1,))
+    with hold(run.lock.path) as child:
+        with pytest.raises(ConfigError, match=rf'in use by another process \(.*"pid": {child.pid}'):
+            resolve_resume("latest", tmp_path, "cat")
+        child.kill()
+    run.lock.take()
+    run.lock.release()
+
+
+def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
+    with Lock(tmp_path / ".lock"), pytest.raises(ConfigError, match="in use by this very process"):
+        Lock(tmp_path / ".lock").take()
+    with Lock(tmp_path / ".lock"):
+        pass
+
+
+def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path: Path) -> None:
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    code = f"""
+import os, time
+from pathlib import Path
+from everydream.training.lock import Lock
+Lock(Path({str(tmp_path / ".lock")!r})).take()
+worker = os.fork()
+if worker == 0:
+    os.close(1)
+    time.sleep(60)
+print(worker, flush=True)
+"""
+    worker = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout)
+    with Lock(tmp_path / ".lock"):
+        os.kill(worker, 9)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no file modes here")
+def test_a_read_only_run_is_said() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        logdir = Path(name)
+        logdir.chmod(0o755)
+        run = make(logdir, steps=(1,))
+        run.lock.path.unlink()
+        run.folder.chmod(0o555)
+        # No mode keeps root from writing, so the child gives root up.
+        code = f"""
+import os
+from pathlib import Path
+from everydream.errors import SaveError
+from everydream.training import runfolder
+if os.getuid() == 0:
+    os.setgid(65534), os.setuid(65534)
+try:
+    runfolder.resolve_resume("latest", Path({name!r}), "cat")
+except SaveError as error:
+    print(error)
+"""
+        said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout
+        run.folder.chmod(0o755)
+    assert said.strip() == f"cannot write to the run's folder {run.folder}: Permission denied"
+
+
+# Resuming
+
+
+def test_nothing_there_is_a_new_start(tmp_path: Path) -> None:
+    found = resume("latest", tmp_path / "logs")
+    assert (found.run, found.checkpoint) == (None, None) and "no run of 'cat'" in found.note
+    make(tmp_path / "logs", "dog", steps=(1,))
+    assert resume("latest", tmp_path / "logs").checkpoint is None
+    empty = make(tmp_path / "logs")
+    for what in ("latest", empty.folder):
+        found = resume(what, tmp_path / "logs")
+        assert found.checkpoint is None and found.run == empty and "has no checkpoint yet" in found.note
+
+
+def test_latest_skips_what_is_damaged_and_says_so(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1, 2, 3))
+    damage(run.checkpoints / "step-0000000003")
+    for what in ("latest", run.folder):
+        found = resume(what, tmp_path)
+        assert found.checkpoint == run.checkpoints / "step-0000000002" and found.step == 2
+        assert [skipped.path.name for skipped in found.skipped] == ["step-0000000003"]
+
+
+def test_some_but_none_valid_is_an_error_and_nothing_is_touched(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1, 2))
+    for path in checkpoint.folders(run.checkpoints):
+        damage(path)
+    before = sorted((str(path), path.stat().st_mtime_ns) for path in run.checkpoints.rglob("*"))
+    with pytest.raises(
+        CheckpointError, match=r"no valid checkpoint:\n.*step-0000000002.*\n.*step-0000000001"
+    ) as raised:
+        resolve_resume("latest", tmp_path, "cat")
+    assert raised.value.exit_code == 4
+    assert before == sorted((str(path), path.stat().st_mtime_ns) for path in run.checkpoints.rglob("*"))
+    run.lock.take()  # the failed attempt does not hold it
+    run.lock.release()
+
+
+def test_a_checkpoint_by_name_is_that_one_or_an_error_naming_the_valid_ones(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1, 2, 3))
+    one = run.checkpoints / "step-0000000001"
+    assert resume(one, tmp_path / "elsewhere").checkpoint == one
+    damage(one)
+    with pytest.raises(CheckpointError, match=r"Valid ones of this run: step-0000000003, step-0000000002"):
+        resolve_resume(str(one), tmp_path, "cat")
+
+
+def test_a_path_relative_or_through_a_link_finds_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make(tmp_path, steps=(1,))
+    (tmp_path / "link").symlink_to(run.folder)
+    monkeypatch.chdir(run.checkpoints)
+    for what in ("step-0000000001", "..", tmp_path / "link"):
+        assert resume(what, tmp_path).run == Run(run.folder.resolve())
+
+
+def test_a_path_that_is_none_of_them_says_what_it_should_be(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"is not a folder\. Give 'latest', a run's folder, or one of its checkpoints"
+    ):
+        resolve_resume(str(tmp_path / "typo"), tmp_path, "cat")
+    with pytest.raises(ConfigError, match="neither a run's folder"):
+        resolve_resume(str(tmp_path), tmp_path, "cat")
+    loose = checkpoint.commit(tmp_path, 1, {"state.json": Bytes(b"")})
+    with pytest.raises(ConfigError, match="neither a run's folder"):
+        resolve_resume(str(loose), tmp_path, "cat")
