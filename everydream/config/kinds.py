@@ -26,23 +26,24 @@ class Kind:
     many: bool = False
     nullable: bool = False
     bounds: str = ""
-    pattern: str = ""
+    words: str = ""  # in place of the type, where a pattern says more
 
     def phrase(self) -> str:
         """ "a whole number ≥ 1", "true or false or "max"" … as messages and docs say it."""
         names = [NAMES.get(one, "an object {…}") for one in self.types]
-        text = " or ".join(names + [f'"{choice}"' for choice in self.choices])
+        choices = [f'"{choice}"' for choice in self.choices]
+        if len(choices) > 2:
+            choices = ["one of " + ", ".join(choices)]
+        text = self.words or " or ".join([*choices, *names])
         if self.bounds:
             text += f" {self.bounds}"
-        if self.pattern:
-            text += f" that matches {self.pattern}"
-        return f"a list, each {text}" if self.many else text
+        return f"a list, each {text}" if self.many and "list" not in text else text
 
 
 @cache
 def kinds(model: type[BaseModel]) -> dict[str, Kind]:
     """The kind of each field of a model."""
-    return {name: _kind(field.annotation, field.metadata) for name, field in model.model_fields.items()}
+    return {name: _kind(one.annotation, (*one.metadata, one)) for name, one in model.model_fields.items()}
 
 
 def _kind(annotation: Any, metadata: Iterable[Any] = ()) -> Kind:
@@ -65,7 +66,7 @@ def _bare(annotation: Any) -> Kind:
             many=any(part.many for part in parts),
             nullable=type(None) in inner,
             bounds=" ".join(part.bounds for part in parts if part.bounds),
-            pattern=" ".join(part.pattern for part in parts if part.pattern),
+            words=" or ".join(part.words for part in parts if part.words),
         )
     return Kind(types=(origin or annotation,))
 
@@ -73,8 +74,15 @@ def _bare(annotation: Any) -> Kind:
 def _narrow(kind: Kind, metadata: Iterable[Any]) -> Kind:
     bounds = [kind.bounds] if kind.bounds else []
     for item in metadata:
+        if isinstance(item, FieldInfo):
+            kind = replace(kind, words=item.title or kind.words)
         for constraint in item.metadata if isinstance(item, FieldInfo) else (item,):
-            bounds += [text.format(getattr(constraint, name)) for name, text in BOUNDS if hasattr(constraint, name)]
-            if getattr(constraint, "pattern", None):
-                kind = replace(kind, pattern=constraint.pattern)
+            for name, text in BOUNDS:
+                bound = getattr(constraint, name, None)
+                if bound is not None and text.format(_number(bound)) not in bounds:
+                    bounds.append(text.format(_number(bound)))
     return replace(kind, bounds=" and ".join(bounds))
+
+
+def _number(bound: float) -> str:
+    return "2^63 - 1" if bound == 2**63 - 1 else str(bound)

@@ -23,6 +23,7 @@ from everydream.config.files import (
     train_source,
     validation_source,
 )
+from everydream.config.kinds import kinds
 from everydream.config.parts import (
     BASE,
     FREEZING,
@@ -229,11 +230,12 @@ def _say_missing(entries: Mapping[str, Entry], wrong: set[str], files: _Files, r
     for key, one in Settings.model_fields.items():
         if one.is_required() and key not in entries and key not in wrong:
             hint = "" if files.config else _hint_of_config()
-            report.problem(files.config or COMMAND_LINE, f"{key} is missing: {one.description}{hint}")
+            what = kinds(Settings)[key].phrase()
+            report.problem(files.config or COMMAND_LINE, f"{key} is missing, and must be {what}.{hint}")
 
 
 def _hint_of_config() -> str:
-    return " ./train.json is there, but was not read: add --config train.json" if Path("train.json").is_file() else ""
+    return " ./train.json is there, but was not read: add --config train.json." if Path("train.json").is_file() else ""
 
 
 def _choose_validation(source: Source | None, entries: dict[str, Entry]) -> ValidationSettings | None:

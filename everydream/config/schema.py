@@ -4,10 +4,9 @@ Strict and frozen: `"4"` is no number, `true` is no 1. From this file come the c
 and schemas/*.json (`python -m everydream.config.generate`). A new setting is a field here, a line in train.json, and a
 word in compare.py on whether a resume may change it.
 
-Names and defaults are EveryDream2's where it has one that suits.
+Names and defaults are EveryDream2's where it has one that suits. Annotations here are evaluated (no
+`from __future__ import annotations`): pydantic would do it anyway, three times slower.
 """
-
-from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -52,9 +51,14 @@ def _model(value: Any, info: ValidationInfo) -> Any:
     return str(path) if written_as_path or path.exists() else value
 
 
+_NAME = r"^[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]{0,99}$"
+_NAME_IN_WORDS = 'a name of up to 100 characters without / \\ : * ? " < > | and without a dot at the start'
+_CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
+_MODEL = "a folder, a single file, or a hub id (owner/name)"
+_FOLDERS = "a folder, or a list of folders"
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt")
 FilePath = Annotated[Path, BeforeValidator(_path)]
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, title="a text that is not empty")]
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
@@ -71,10 +75,10 @@ class Tree(BaseModel):
 class Settings(Tree):
     """What train.json and the command line may say. The sections of `--help` begin at the fields in SECTIONS."""
 
-    project_name: Annotated[str, Field(pattern=r"^[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]{0,99}$")] = Field(
+    project_name: Annotated[str, Field(pattern=_NAME, title=_NAME_IN_WORDS)] = Field(
         "my_project",
         description="Begins the names of run folders and exported files; --resume latest looks for runs of this name. "
-        'Up to 100 characters, none of / \\ : * ? " < > |, no dot first.',
+        "Up to 100 characters that file names may have.",
     )
     run_name: Text | None = Field(
         None, description="Name of the run in the trackers and in its report. Null: the run folder's name."
@@ -82,10 +86,10 @@ class Settings(Tree):
     logdir: FilePath = Field(
         Path("logs"), description="Folder in which every run makes a folder of its own. It is made where missing."
     )
-    seed: Annotated[int, Field(ge=-1, lt=2**63)] = Field(
+    seed: Annotated[int, Field(ge=-1, le=2**63 - 1)] = Field(
         555,
-        description="Start of all randomness, −1 to 2^63 − 1: the same seed gives the same run. "
-        "−1 draws one, which is printed and recorded.",
+        description="Start of all randomness, -1 to 2^63 - 1: the same seed gives the same run. "
+        "-1 draws one, which is printed and recorded.",
     )
     max_epochs: Count | None = Field(
         100,
@@ -98,9 +102,8 @@ class Settings(Tree):
         "Null: max_epochs alone decides.",
     )
 
-    base_model: Annotated[Text, BeforeValidator(_model)] = Field(
-        description="The model to start from: a diffusers folder, a single file (.safetensors), or a hub id "
-        "(owner/name). Required."
+    base_model: Annotated[str, Field(min_length=1, title=_MODEL), BeforeValidator(_model)] = Field(
+        description="The model to start from: a diffusers folder, a single .safetensors file, or a hub id (owner/name)."
     )
     base_model_revision: Text | None = Field(
         None, description="Branch, tag or commit of a hub id. Null: its main branch."
@@ -109,9 +112,9 @@ class Settings(Tree):
         False, description="true: also read .ckpt and .bin base models (tensors only, never code)."
     )
 
-    data_root: Annotated[tuple[Path, ...], BeforeValidator(_paths), Field(min_length=1)] = Field(
+    data_root: Annotated[tuple[Path, ...], Field(min_length=1, title=_FOLDERS), BeforeValidator(_paths)] = Field(
         description="Folder with the pictures to train on and their captions, searched with its sub-folders; "
-        "or a list of folders. Required."
+        "or a list of folders."
     )
     resolution: Annotated[int, Field(ge=16, le=8192)] | None = Field(
         None,
@@ -173,7 +176,7 @@ class Settings(Tree):
     max_image_megapixels: Annotated[float, Field(gt=0)] = Field(
         100.0, description="Larger pictures count as broken, in millions of pixels, above 0. Decoding one takes memory."
     )
-    alpha_color: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$")] = Field(
+    alpha_color: Annotated[str, Field(pattern=r"^#[0-9a-fA-F]{6}$", title='a color as "#rrggbb"')] = Field(
         "#ffffff", description='What shows through where a picture is transparent, as "#rrggbb". Default: white.'
     )
     masked_loss: bool = Field(
@@ -318,9 +321,9 @@ class Settings(Tree):
     ema_update_interval: Count = Field(
         1, description="Optimizer updates between two updates of the average, 1 or more."
     )
-    ema_device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")] | None = Field(
-        None, description="Where the average is kept: cpu, cuda, cuda:1, mps. Null: where the model is trained."
-    )
+    ema_device: (
+        Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$", title="cpu, cuda, cuda:1, … or mps")] | None
+    ) = Field(None, description="Where the average is kept: cpu, cuda, cuda:1, mps. Null: where the model is trained.")
 
     save_every_n_epochs: Annotated[int, Field(ge=0)] = Field(
         20, description="Epochs between two checkpoints, 0 or more; 0: none. The end of the run always saves."
@@ -385,7 +388,7 @@ class Settings(Tree):
         None, description="Updates to record with torch's profiler, 1 or more; the trace is put into the run folder. "
         "Null: none.",
     )  # fmt: skip
-    plugins: tuple[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")], ...] = Field(
+    plugins: tuple[Annotated[str, Field(pattern=_CLASS, title="a class as package.Class")], ...] = Field(
         (), description="Classes called at named moments of the run, each as package.Class."
     )
     quiet: bool = Field(False, description="true: print warnings and errors only.")
@@ -493,7 +496,7 @@ class ValidationSettings(Tree):
     every_n_steps: Count | None = Field(
         None, description="Optimizer updates between two validations, 1 or more. Null: every_n_epochs alone decides."
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        555, description="Start of validation's own randomness, 0 to 2^63 − 1: the same noise each time."
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
+        555, description="Start of validation's own randomness, 0 to 2^63 - 1: the same noise each time."
     )
     batch_size: Count | None = Field(None, description="Pictures in one forward pass, 1 or more. Null: batch_size.")

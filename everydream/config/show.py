@@ -61,7 +61,7 @@ def help_text() -> str:
     for key, one in Settings.model_fields.items():
         if key in SECTIONS:
             lines.append(f"{SECTIONS[key]}\n")
-        default = "" if one.is_required() else f", default {show(one.default)}"
+        default = ", required" if one.is_required() else f", default {show(one.default)}"
         lines.append(f"  --{key}  ({types[key].phrase()}{default})")
         lines.append(fill(one.description or "", width, initial_indent=" " * 6, subsequent_indent=" " * 6) + "\n")
     return "\n".join(lines).rstrip()
