@@ -1,0 +1,32 @@
+"""One update of some of an optimizer's parameters, whatever the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+StepOnly = Callable[[Sequence[torch.nn.Parameter]], None]
+
+
+def step_only(optimizer: torch.optim.Optimizer) -> StepOnly:
+    """A function that steps the parameters it is given, which have gradients, and no others.
+
+    For optimizers whose update of a parameter looks at that parameter alone (Row.may_fuse).
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    if stepper := getattr(optimizer, "stepper", None):  # rounding.py's
+        return stepper.step_only
+    group_of = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+
+    def step(params: Sequence[torch.nn.Parameter]) -> None:
+        everything = [group["params"] for group in optimizer.param_groups]
+        try:
+            for i, group in enumerate(optimizer.param_groups):
+                group["params"] = [p for p in params if group_of[id(p)] == i]
+            optimizer.step()
+        finally:
+            for group, members in zip(optimizer.param_groups, everything, strict=True):
+                group["params"] = members
+
+    return step
