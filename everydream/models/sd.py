@@ -7,7 +7,6 @@ Shapes: B pictures, C channels, H × W; text is tokens_BKL (K chunks of L tokens
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,13 +14,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from everydream.errors import ConfigError
+from everydream.models.autoencoder import Autoencoder
 from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts
 from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.layers import ATTENTION
 from everydream.models.sources import STEMS
-from everydream.models.tensors import PartReader, check_names
+from everydream.models.tensors import NoInit, PartReader, check_names
 from everydream.models.tokenizer import Tokenize
+from everydream.models.unet import UNet
 
 TRAINABLE = ("unet", "text_encoder")
 
@@ -29,7 +30,7 @@ TRAINABLE = ("unet", "text_encoder")
 class Denoiser(nn.Module):
     """What Accelerate prepares: one module, so that several processes exchange the gradients of both parts together."""
 
-    def __init__(self, unet: nn.Module, text_encoder: TextEncoder | None) -> None:
+    def __init__(self, unet: UNet, text_encoder: TextEncoder | None) -> None:
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
@@ -42,7 +43,7 @@ class Denoiser(nn.Module):
         if perturbation_BLD is not None:
             text = text + perturbation_BLD.to(text.dtype)
         dtype = self.unet.conv_in.weight.dtype
-        return self.unet(noisy_BCHW.to(dtype), t_B, text.to(dtype), return_dict=False)[0].float()
+        return self.unet(noisy_BCHW.to(dtype), t_B, text.to(dtype)).float()
 
 
 class StableDiffusion:
@@ -69,7 +70,7 @@ class StableDiffusion:
         # Files of frozen parts are copied into every checkpoint, perhaps after the one they come from was removed.
         self._files = {part: _opened(w.header.path) for part, w in facts.weights.items() if w.can_be_copied}
         self.denoiser = Denoiser(self._read("unet"), self._read("text_encoder"))
-        self.vae: nn.Module | None = self._read("vae")
+        self.vae: Autoencoder | None = self._read("vae")
         for part in TRAINABLE:
             self._module(part).requires_grad_(part in train)
         for name, parameter in self.parameters_of("text_encoder").items():
@@ -90,8 +91,7 @@ class StableDiffusion:
         assert self.vae is not None, "the autoencoder was dropped"
         pixels = pixels_BCHW.to(self._device, torch.float32).div(127.5).sub(1.0)
         with torch.autocast(self._device.type, enabled=False):
-            posterior = self.vae.encode(pixels, return_dict=False)[0]
-        return posterior.mean, posterior.std
+            return self.vae.encode(pixels)
 
     def latents(self, mean_BCHW: Tensor, std_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         """A draw from the raw latents, scaled to about unit variance: what the UNet sees."""
@@ -130,14 +130,14 @@ class StableDiffusion:
 
         Compiled for each shape by itself: a data set with n bucket sizes compiles n times, and no more than 64.
         """
-        unet: Any = self.denoiser.unet
+        unet = self.denoiser.unet
         if channels_last:
-            unet.to(memory_format=torch.channels_last)
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
+            unet.save_memory()
             if self.denoiser.text_encoder is not None:
                 self.denoiser.text_encoder.gradient_checkpointing = True
-        ATTENTION[attn_type](unet)
+        unet.set_attention(ATTENTION[attn_type]())
         if compile:
             from torch._dynamo import config
 
@@ -185,23 +185,14 @@ class StableDiffusion:
 
     def pipeline(self, scheduler: Any = None) -> Any:
         """A diffusers pipeline on this model's own weights, for previews. Dropped parts are read again for it."""
-        from diffusers import schedulers
-        from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+        from everydream.models.pipeline import stable_diffusion_pipeline
 
-        if scheduler is None:
-            config = self.scheduler_config
-            scheduler = getattr(schedulers, config["_class_name"]).from_config(config)
-        encoder = self.denoiser.text_encoder or self._read("text_encoder")
-        return StableDiffusionPipeline(
-            vae=self.vae or self._read("vae"),
-            text_encoder=_transformers_text_encoder(self.facts, encoder),
-            tokenizer=_transformers_tokenizer(self.facts),
-            unet=self.denoiser.unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        modules = {
+            "unet": self.denoiser.unet,
+            "text_encoder": self.denoiser.text_encoder or self._read("text_encoder"),
+            "vae": self.vae or self._read("vae"),
+        }
+        return stable_diffusion_pipeline(self.facts, modules, scheduler or self.scheduler_config)
 
     def _module(self, part: str) -> Any:
         module = getattr(self.denoiser, part)
@@ -210,8 +201,8 @@ class StableDiffusion:
 
     def _read(self, part: str) -> Any:
         where = f"base_model: {self.facts.weights[part].header.path}"
-        with torch.device("meta"):
-            module = BUILDERS[part](self.facts, self._clip_skip)
+        with NoInit(), torch.device("meta"):
+            module = _build(part, self.facts, self._clip_skip)
         check_names(self.facts.weights[part].shapes, {n: tuple(p.shape) for n, p in module.named_parameters()}, where)
         tensors = self._readers[part].read(dtype=self._dtypes[part], device=self._device)
         module.load_state_dict(tensors, strict=True, assign=True)
@@ -238,37 +229,10 @@ def load(
     )
 
 
-def _build_unet(facts: Facts, clip_skip: int) -> nn.Module:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    return UNet2DConditionModel.from_config(facts.configs["unet"])
-
-
-def _build_vae(facts: Facts, clip_skip: int) -> nn.Module:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    return AutoencoderKL.from_config(facts.configs["vae"])
-
-
-def _build_text_encoder(facts: Facts, clip_skip: int) -> nn.Module:
-    return TextEncoder(facts.configs["text_encoder"], clip_skip)
-
-
-BUILDERS = {"unet": _build_unet, "text_encoder": _build_text_encoder, "vae": _build_vae}
-
-
-def _sliced_attention(unet: Any) -> None:
-    unet.set_attention_slice("auto")
-
-
-def _xformers_attention(unet: Any) -> None:
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"attn_type: xformers cannot be used ({error}); install it, or set sdp") from None
-
-
-ATTENTION = {"sdp": lambda unet: None, "slice": _sliced_attention, "xformers": _xformers_attention}
+def _build(part: str, facts: Facts, clip_skip: int) -> nn.Module:
+    if part == "text_encoder":
+        return TextEncoder(facts.configs[part], clip_skip)
+    return {"unet": UNet, "vae": Autoencoder}[part](facts.configs[part])
 
 
 def _opened(path: Path) -> BinaryIO:
@@ -277,32 +241,3 @@ def _opened(path: Path) -> BinaryIO:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"
-
-
-def _transformers_text_encoder(facts: Facts, encoder: TextEncoder) -> Any:
-    """The same parameters in the class that pipelines know."""
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
-
-    ours = dict(encoder.named_parameters())
-    with torch.device("meta"):
-        module = CLIPTextModel(CLIPTextConfig(**facts.configs["text_encoder"]))
-    names = {name: name if name in ours else f"text_model.{name}" for name in module.state_dict()}
-    trained = {name: parameter.requires_grad for name, parameter in ours.items()}
-    module.load_state_dict({name: ours[published] for name, published in names.items()}, assign=True)
-    for name, parameter in ours.items():
-        parameter.requires_grad_(trained[name])
-    for name, buffer in module.named_buffers():
-        owner = module.get_submodule(name.rpartition(".")[0])
-        assert name.endswith("position_ids"), name
-        owner.position_ids = torch.arange(buffer.shape[-1], device=ours[next(iter(ours))].device)[None]
-    return module.eval()
-
-
-def _transformers_tokenizer(facts: Facts) -> Any:
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in facts.tokenizer.files().items():
-            (Path(folder) / name).write_bytes(content)
-        return CLIPTokenizer.from_pretrained(folder)

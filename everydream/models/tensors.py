@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from everydream.errors import ConfigError
 from everydream.models.sources import PartWeights
@@ -68,20 +69,35 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
+class NoInit(TorchFunctionMode):
+    """Modules made under it leave their parameters as they come: the weights are read anyway.
+
+    On the meta device torch's own initialisation would import its compiler, which takes 2 s.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 class PartReader:
     """The tensors of one part. The file stays open, so that it can be read again after its folder is gone."""
 
     def __init__(self, part: str, weights: PartWeights) -> None:
         self.where = f"base_model: {weights.header.path}"
         self.part, self.weights = part, weights
-        self._pickled = read_pickled(weights.header.path) if weights.header.pickled else None
-        self._file = None if weights.header.pickled else self._open(weights.header.path)
+        if weights.header.pickled:
+            self._get = read_pickled(weights.header.path).__getitem__
+        else:
+            self._get = self._open(weights.header.path).get_tensor
 
     def read(self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Published name → tensor with memory of its own, in `dtype` (None: as in the file)."""
         tensors = {}
         for move in self.weights.moves:
-            whole = self._get(move.original)
+            whole = self._whole(move.original)
             whole = whole.flatten(1) if move.is_convolution else whole
             pieces = whole.chunk(len(move.published))
             for name, piece in zip(move.published, pieces, strict=True):
@@ -95,10 +111,8 @@ class PartReader:
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None
 
-    def _get(self, name: str) -> Tensor:
-        if self._pickled is not None:
-            return self._pickled[name]
+    def _whole(self, name: str) -> Tensor:
         try:
-            return self._file.get_tensor(name)
+            return self._get(name)
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None

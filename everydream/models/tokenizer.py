@@ -144,7 +144,7 @@ class Tokenize:
 def _build(files: TokenizerFiles) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in files.merges]
+    pairs = [(first, second) for first, second in (merge.split(" ") for merge in files.merges)]
     model = models.BPE(
         vocab=dict(files.vocabulary), merges=pairs, end_of_word_suffix="</w>", continuing_subword_prefix="",
         fuse_unk=False, unk_token=END,
