@@ -229,24 +229,17 @@ def _write_tokenizer(folder: Path, vocabulary: dict[str, int], pad: str) -> None
 
 
 def _shapes(unet: dict[str, Any], vae: dict[str, Any], text: dict[str, Any]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The published names and shapes, from the libraries' modules without weights."""
+    """The published names and shapes (tests/models/test_networks.py loads them into the libraries' modules)."""
     import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers.models.clip.configuration_clip import CLIPTextConfig
-    from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    with torch.device("meta"):
-        modules = {
-            "unet": UNet2DConditionModel.from_config(unet),
-            "vae": AutoencoderKL.from_config(vae),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
-        }
-    shapes = {part: {n: tuple(p.shape) for n, p in m.named_parameters()} for part, m in modules.items()}
-    shapes["text_encoder"] = {  # transformers 5 has no text_model level, the published files have
-        n if n.startswith("text_model.") else f"text_model.{n}": shape for n, shape in shapes["text_encoder"].items()
-    }
-    return shapes
+    from everydream.models.autoencoder import Autoencoder
+    from everydream.models.clip import TextEncoder
+    from everydream.models.tensors import NoInit
+    from everydream.models.unet import UNet
+
+    with NoInit(), torch.device("meta"):
+        modules = {"unet": UNet(unet), "vae": Autoencoder(vae), "text_encoder": TextEncoder(text)}
+    return {part: {name: tuple(p.shape) for name, p in m.named_parameters()} for part, m in modules.items()}
 
 
 def _write_weights(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, BinaryIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,14 +20,23 @@ class TensorFile:
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
+class HeldFile:
+    """A file held open for reading: it can still be copied after its folder was removed. Closed with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
 @dataclass(frozen=True)
 class CopyOf:
-    """A file to be copied byte for byte. It is held open, so that it outlives the checkpoint that it came from.
+    """A file to be copied byte for byte. The same one is handed out at every save: read it with os.pread."""
 
-    Read it with os.pread or after seek(0): the same object is handed out at every save.
-    """
-
-    file: BinaryIO
+    file: HeldFile
 
 
 FileContent = bytes | TensorFile | CopyOf

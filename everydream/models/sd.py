@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from everydream.models.autoencoder import Autoencoder
 from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts
-from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.files import CopyOf, FileContent, HeldFile, TensorFile
 from everydream.models.layers import ATTENTION
 from everydream.models.sources import STEMS
 from everydream.models.tensors import NoInit, PartReader, check_names
@@ -68,7 +67,7 @@ class StableDiffusion:
         self._dtypes["vae"] = torch.float32
         self._readers = {part: PartReader(part, facts.weights[part]) for part in facts.weights}
         # Files of frozen parts are copied into every checkpoint, perhaps after the one they come from was removed.
-        self._files = {part: _opened(w.header.path) for part, w in facts.weights.items() if w.can_be_copied}
+        self._files = {part: HeldFile(w.header.path) for part, w in facts.weights.items() if w.can_be_copied}
         self.denoiser = Denoiser(self._read("unet"), self._read("text_encoder"))
         self.vae: Autoencoder | None = self._read("vae")
         for part in TRAINABLE:
@@ -233,10 +232,6 @@ def _build(part: str, facts: Facts, clip_skip: int) -> nn.Module:
     if part == "text_encoder":
         return TextEncoder(facts.configs[part], clip_skip)
     return {"unet": UNet, "vae": Autoencoder}[part](facts.configs[part])
-
-
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb")
 
 
 def _json(content: Any) -> bytes:
