@@ -27,6 +27,12 @@ class HeldFile:
         self.path = path
         self.descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
+    @property
+    def name(self) -> str:
+        """A path that opens this very file: on Linux also when it was removed or replaced."""
+        held = f"/proc/self/fd/{self.descriptor}"
+        return held if os.path.exists(held) else str(self.path)
+
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
@@ -34,7 +40,7 @@ class HeldFile:
 
 @dataclass(frozen=True)
 class CopyOf:
-    """A file to be copied byte for byte. The same one is handed out at every save: read it with os.pread."""
+    """A file to be copied byte for byte. The same one is handed out at every save."""
 
     file: HeldFile
 
