@@ -1,145 +1,28 @@
 """What the frozen parts of the model make of pictures and captions, kept on disk between runs.
 
-A pack is a safetensors file with many float32 tensors, named by digests of what they were made from (picture bytes,
-size, crop, flip, colour behind alpha; or the caption), in a folder named by the model's key. Packs are written under a
-temporary name, synced and renamed, so what has its name is whole; two runs at once write packs of their own, and what
-both have is equal. A crash loses the pack under way. Reading maps the packs into memory.
+Tensors are named by digests of what they were made from (picture bytes, size, crop, flip, colour behind alpha; or the
+caption), in a folder named by the model's key.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import secrets
-import time
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save
 
 from everydream.data.gate import Progress, no_progress
+from everydream.data.packs import Packs, PackWriter, digest
 from everydream.data.pictures import Box, Size, quiet_pillow, read_mask, read_pixels
 from everydream.data.problems import Problem, Unfit
 from everydream.data.scan import Sample
 from everydream.errors import DataError
 
 _VERSION = 1  # of the transform from file to pixels: a change makes every latent anew
-_PACK_BYTES, _PACK_SECONDS = 64 << 20, 30.0
-_STALE_SECONDS = 24 * 3600
-
-
-def digest(*parts: object) -> str:
-    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
-
-
-class Packs:
-    """A folder of packs. `load` says which of the wanted tensors are there; `read` gives one."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._places: dict[str, tuple[Path, int, tuple[int, ...], int]] = {}
-        self._maps: dict[Path, np.ndarray] = {}
-        self._proved: set[str] = set()
-
-    def load(self, wanted: Iterable[str]) -> set[str]:
-        """Look them up; the names that no pack has. Of several packs with one name the first by file name counts."""
-        missing = set(wanted) - self._places.keys()
-        for path in sorted(self.folder.glob("*.safetensors")) if missing else ():
-            header, begin = _header(path)
-            sums = header.pop("__metadata__", {})
-            for name in missing & header.keys():
-                entry = header[name]
-                place = begin + entry["data_offsets"][0]
-                self._places[name] = (path, place, tuple(entry["shape"]), int(sums[name]))
-                missing.discard(name)
-        return missing
-
-    def read(self, name: str) -> np.ndarray:
-        """float32, a view of the mapped file. Its checksum is proved the first time."""
-        path, begin, shape, crc = self._places[name]
-        if path not in self._maps:
-            self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
-        data = self._maps[path][begin : begin + 4 * int(np.prod(shape))]
-        if name not in self._proved:
-            if zlib.crc32(data.tobytes()) != crc:
-                raise DataError(f"{path}: damaged on disk: delete it, it is made again at the next start")
-            self._proved.add(name)
-        return data.view(np.float32).reshape(shape)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_maps": {}, "_proved": set()}
-
-
-def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The tensors of a pack and where its data begins; nothing for a file that is not whole."""
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 1 << 30 else {}
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
-        if path.stat().st_size != 8 + length + end:
-            return {}, 0
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}, 0
-    return header, 8 + length
-
-
-class PackWriter:
-    """Collects tensors and writes them as packs of some 64 MB, at least every 30 s; the rest at the end of `with`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._tensors: dict[str, np.ndarray] = {}
-        self._bytes, self._since = 0, time.monotonic()
-
-    def __enter__(self) -> PackWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):  # of a run that was killed
-            with suppress(OSError):  # another run may do the same
-                if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:
-                    leftover.unlink()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.flush()  # on errors too: what is done is done
-
-    def add(self, name: str, tensor: np.ndarray) -> None:
-        self._tensors[name] = np.ascontiguousarray(tensor, dtype=np.float32)
-        self._bytes += self._tensors[name].nbytes
-        if self._bytes >= _PACK_BYTES or time.monotonic() - self._since > _PACK_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._tensors:
-            sums = {name: str(zlib.crc32(tensor.tobytes())) for name, tensor in self._tensors.items()}
-            _write_synced(self.folder / f"{digest(sorted(self._tensors))}.safetensors", save(self._tensors, sums))
-        self._tensors, self._bytes, self._since = {}, 0, time.monotonic()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DataError(
-                f"{path.parent}: cannot be written ({error.strerror}): free space or set cache_dir"
-            ) from None
-        raise
 
 
 # --- latents ---

@@ -13,8 +13,9 @@ from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 
-from everydream.data.pictures import PictureFacts, quiet_pillow, refuse_size, verify
+from everydream.data.pictures import quiet_pillow
 from everydream.data.problems import Unfit
+from everydream.data.verify import PictureFacts, refuse_size, verify
 
 Progress = Callable[[int, int], None]  # (done, total); an exception raised in it ends the work, and is passed on
 Checked = PictureFacts | Unfit

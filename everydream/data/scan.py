@@ -13,8 +13,8 @@ from pathlib import Path
 from everydream.data.captions import caption_from_name, is_camera_name
 from everydream.data.folders import Findings, Found, Root, find, nfc
 from everydream.data.gate import Checked, Progress, check_pictures, no_progress
-from everydream.data.pictures import PictureFacts
 from everydream.data.problems import Problem, Unfit, listed, shown
+from everydream.data.verify import PictureFacts
 from everydream.errors import DataError
 
 
