@@ -19,6 +19,10 @@ class TrainState:
     epoch: int = 0  # 0-based, of the next micro-batch
     images_seen: int = 0  # subject pictures
     class_images_seen: int = 0
+    loss_sum: float = 0.0  # over the pictures since the last line of metrics.jsonl, for the next line's mean
+    loss_count: int = 0
+    prior_sum: float = 0.0
+    prior_count: int = 0
     skipped_steps: list[int] = field(default_factory=list)  # updates left out: their loss or gradient was not finite
     rollbacks: list[list[int]] = field(default_factory=list)  # [step it happened at, step that was loaded]
     lr_horizon: int | None = None  # the step at which the learning rates end their decay

@@ -1,0 +1,198 @@
+"""Accelerator, processes, signals: what a run stands on, before any setting of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from everydream.errors import ConfigError, EveryDreamError, Stopped
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+Result = TypeVar("Result")
+
+# A rank that hangs ends the job after this long; one that dies ends it at once (its connections close).
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+PR_SET_PDEATHSIG = 1
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """The one place where processes meet. Raises ConfigError where the launcher's and our view of the world differ.
+
+    Accelerate prepares the model and the optimizers only; accumulation and the data loader are ours, so its own
+    accumulation stays at 1 (its backward would divide once more).
+    """
+    refuse_lone_process(os.environ, parent_command_line())
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    has_cuda = torch.cuda.is_available()
+    if mixed_precision == "fp16" and not has_cuda:
+        raise ConfigError('mixed_precision "fp16" needs a CUDA card, and none is here: use "no" or "bf16"')
+    accelerator = Accelerator(
+        cpu=not has_cuda,
+        mixed_precision=mixed_precision,
+        gradient_accumulation_steps=1,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise ConfigError(
+            f"the launcher started {launched} processes, and each of them believes that it is one of "
+            f"{accelerator.num_processes}: they would all do the same work. See docs/distributed.md"
+        )
+    return accelerator
+
+
+def refuse_lone_process(environ: Mapping[str, str], command: list[str]) -> None:
+    """`accelerate launch --cpu --num_processes 2` starts one process, without a word (accelerate 1.15)."""
+    if int(environ.get("WORLD_SIZE", "1")) > 1 or not any("accelerate" in word for word in command[:3]):
+        return
+    wanted = asked_processes(command)
+    if wanted > 1:
+        raise ConfigError(
+            f"accelerate launch was asked for {wanted} processes and started one. On a CPU use "
+            "`accelerate launch --config_file examples/accelerate/cpu_2_processes.yaml` "
+            "(--multi_gpu --num_processes 2, without --cpu)"
+        )
+
+
+def asked_processes(command: list[str]) -> int:
+    """How many processes an `accelerate launch` command line asks for: the option, else its config file, else 1."""
+    text = "\0".join(command)
+    option = re.search(r"--num[_-]processes[=\0](\d+)", text)
+    if option:
+        return int(option[1])
+    config = re.search(r"--config[_-]file[=\0]([^\0]+)", text)
+    if config and Path(config[1]).is_file():
+        line = re.search(r"^num_processes:\s*(\d+)", Path(config[1]).read_text(errors="replace"), re.MULTILINE)
+        return int(line[1]) if line else 1
+    return 1
+
+
+def parent_command_line() -> list[str]:
+    """The command line of the process that started this one; empty where the system does not tell."""
+    try:
+        raw = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return raw.decode(errors="replace").split("\0")
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; the loop asks, all ranks agree, the run saves and exits 128+n.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def install(self) -> None:
+        signal.signal(signal.SIGINT, self._handle)
+        signal.signal(signal.SIGTERM, self._handle)
+        stop_with_launcher()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.signum = self.signum or signum
+
+    def raise_if_set(self) -> None:
+        """For stages before the first step, where there is nothing to save. Raises Stopped."""
+        if self.signum:
+            raise Stopped(self.signum)
+
+
+def stop_with_launcher() -> None:
+    """The one-process launcher dies of SIGTERM without telling the script: ask the kernel for one of our own.
+
+    Only under a launcher: a run started with nohup from a shell must outlive that shell.
+    """
+    if sys.platform != "linux" or not any(name.startswith("ACCELERATE_") for name in os.environ):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between, and the kernel has nothing left to tell
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Ranks:
+    """What the processes of a run say to each other. With one process every method answers at once."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.rank = accelerator.process_index
+        self.count = accelerator.num_processes
+        self.device = accelerator.device
+        self.is_main = accelerator.is_main_process
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place, on the device."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather(self, item: Any) -> list[Any]:
+        """One small picklable object of each rank, in rank order, on every rank."""
+        if self.count == 1:
+            return [item]
+        import torch.distributed
+
+        items: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(items, item)
+        return items
+
+    def broadcast(self, item: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.count == 1:
+            return item
+        import torch.distributed
+
+        box = [item]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def refuse_difference(self, item: Any, what: str) -> None:
+        """Raises ConfigError, on all processes, where not all of them have the same."""
+        if any(other != item for other in self.gather(item)):
+            raise ConfigError(f"{what} are not the same for all processes: give all machines the same files")
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Each process does its share; a user's error on one of them is raised on all, so that none waits for it."""
+        result: Result | None = None
+        error: EveryDreamError | None = None
+        try:
+            result = work()
+        except EveryDreamError as caught:
+            error = caught
+        failed = next((e for e in self.gather(error) if e is not None), None)
+        if failed is not None:
+            raise failed
+        return result  # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], Result]) -> Result:
+        """Rank 0, then the others, which find what it cached."""
+        if self.is_main:
+            result = self.together(work)
+        else:
+            self.together(lambda: None)
+        if self.count == 1:
+            return result
+        return self.together(lambda: result if self.is_main else work())

@@ -1,0 +1,342 @@
+"""From settings to a trainer: the only place where settings meet the program. The order matters, and is numbered.
+
+Stages 1 to 5, which write nothing and read no weights, are in prepare.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from everydream.config.compare import changes
+from everydream.config.redact import for_others
+from everydream.config.resolve import Resolved
+from everydream.config.show import differences
+from everydream.data.buckets import nearest
+from everydream.data.dataset import Loader
+from everydream.errors import EveryDreamError
+from everydream.models.family import load
+from everydream.optim import factory
+from everydream.optim.ema import EMA, NoEMA
+from everydream.optim.groups import freeze, guard, table_lines
+from everydream.optim.schedules import base_lrs, lr_factor
+from everydream.optim.table import row_of
+from everydream.runtime import StopRequest
+from everydream.training import feed
+from everydream.training.bag import Bag
+from everydream.training.checkpoint import folders, name_of
+from everydream.training.clock import Due
+from everydream.training.console import Console
+from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
+from everydream.training.log import NullLog, RunLog
+from everydream.training.plan_text import plan_text
+from everydream.training.prepare import Prepared
+from everydream.training.previews import NoPreviews, Previews
+from everydream.training.profile import make_profile
+from everydream.training.prompts import Sampling
+from everydream.training.quiet import quiet_libraries
+from everydream.training.resuming import begin_run
+from everydream.training.saver import Exports, Saver
+from everydream.training.trainer import train
+from everydream.training.turns import Part, Trainer
+from everydream.training.update import Update
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def run(resolved: Resolved) -> int:
+    """The whole run. Returns the exit code; what is the user's to mend is printed without a traceback."""
+    settings = resolved.settings
+    quiet_libraries(settings.verbose)
+    stop = StopRequest()
+    stop.install()
+    is_main = os.environ.get("RANK", "0") == "0"
+    level = "verbose" if settings.verbose else "quiet" if settings.quiet or not is_main else "normal"
+    console = Console(level)
+    build: Build | None = None
+    code, reason = 1, "a bug, see the traceback"
+    try:
+        prepared = Prepared(resolved, changes, stop, console)
+        if resolved.action == "dry_run":
+            if is_main:
+                print(plan_text(prepared))
+            return 0
+        build = Build(prepared)
+        signum = build.run()
+        code, reason = (128 + signum, f"stopped by signal {signum}, and saved") if signum else (0, "finished")
+    except EveryDreamError as error:
+        code, reason = error.exit_code, str(error)
+        if is_main:
+            console.say(reason, "error")
+    finally:
+        if build is not None:
+            build.close(code, reason)
+        console.close()
+    return code
+
+
+class Build:
+    """Stages 6 to 10: weights, class pictures, the run's folder, caches and optimizers, the loop."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared, self.settings, self.ranks = prepared, prepared.settings, prepared.ranks
+        self.console, self.stop = prepared.console, prepared.stop
+        self.log = NullLog()
+        self.folder: Path | None = None
+        self.loader: Loader | None = None
+        self.saver: Saver | None = None
+
+    def run(self) -> int:
+        """Returns the signal that ended the run, 0 for none."""
+        start, total = self.prepared.start, self.prepared.clock.total_steps
+        if start.checkpoint is not None and start.state.step >= total:
+            self.console.say(f"{start.folder} is finished already, at step {start.state.step}: nothing to do")
+            return 0
+        self._say_start()
+        trainer = self.trainer()
+        signum = train(trainer)
+        self._say_results(trainer, signum)
+        return signum
+
+    def close(self, code: int, reason: str) -> None:
+        if self.saver is not None:
+            self.saver.join()
+        if self.loader is not None:
+            self.loader.close()
+        self.log.close(code, reason)
+
+    def trainer(self) -> Trainer:
+        prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
+        # 6. Weights.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+        self.family = load(
+            prepared.facts,
+            train=prepared.parts,
+            weights_dtype=DTYPES[settings.weights_dtype],
+            device=ranks.device,
+            clip_skip=settings.clip_skip,
+        )
+        self.family.set_sampling(
+            prediction_type=prepared.objective.prediction, zero_terminal_snr=settings.enable_zero_terminal_snr
+        )
+        self.family.enable(
+            gradient_checkpointing=settings.gradient_checkpointing,
+            attn_type=settings.attn_type,
+            compile=settings.compile,
+            channels_last=ranks.device.type == "cuda",
+        )
+        # 7. Class pictures, made with the base model before it changes.
+        self.sets = {"subject": prepared.subject}
+        if settings.class_data_root is not None and settings.prior_loss_weight > 0:
+            make_class_pictures(prepared, self.family)
+            samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
+            self.sets["class"] = prepared.picture_set("class", samples)
+        # 8. The run's folder and its log: from here on things are written.
+        self.state = start.state
+        self.state.processes, self.state.threads = ranks.count, torch.get_num_threads()
+        self.folder, self._held = begin_run(
+            start, prepared.old_run, prepared.record, settings.logdir, settings.project_name, ranks
+        )
+        self._open_log()
+        # 9. Caches, optimizers, average; the checkpoint's state into them.
+        inputs = make_inputs(prepared, self.family, self.sets)
+        named = {part: self.family.parameters_of(part) for part in prepared.parts}
+        for part, frozen in prepared.frozen.items():
+            freeze(named[part], frozen)
+        self.groups = prepared.groups_of(named)
+        guard([group for groups in self.groups.values() for group in groups], named)
+        trained = {part: {n: p for n, p in all_.items() if p.requires_grad} for part, all_ in named.items()}
+        parts = {part: self._part(part) for part in prepared.parts}
+        optimizers = {name: part.optimizer for name, part in parts.items()}
+        ema = self._ema(trained)
+        bag = Bag(
+            checkpoints=self.folder / "checkpoints",
+            family=self.family,
+            state=self.state,
+            optimizers=optimizers,
+            trained=trained,
+            ema=ema,
+            fingerprint=prepared.fingerprint,
+            scaler=prepared.accelerator.scaler,
+            exports=self._exports,
+        )
+        if start.checkpoint is not None:
+            prepared.notes += bag.restore(start.checkpoint, weights=False, changed=settings.resume_changed)
+        self._say_notes()
+        # 10. The loop.
+        chosen = prepared.resolved.validation
+        denoiser = prepared.accelerator.prepare(self.family.denoiser).train()
+        stream = feed.Stream(tuple(self.sets), prepared.accumulation, ranks.rank, ranks.count)
+        items = feed.Items(stream, self.state.step, prepared.clock.total_steps)
+        on_card = ranks.device.type == "cuda"
+        self.loader = Loader(
+            inputs.training, items, num_workers=inputs.worker_count(settings.num_workers, on_card), pin_memory=on_card
+        )
+        self.saver = Saver(
+            self.folder / "checkpoints",
+            background=settings.background_save,
+            keep_last=settings.keep_last,
+            last=start.checkpoint,
+        )
+        update = Update(
+            accelerator=prepared.accelerator,
+            ranks=ranks,
+            stop=self.stop,
+            denoiser=denoiser,
+            family=self.family,
+            objective=prepared.objective,
+            optimizers=optimizers,
+            parameters={part: list(parameters.values()) for part, parameters in trained.items()},
+            batches=self.loader,
+            stream=stream,
+            batch_size=settings.batch_size,
+            prior_loss_weight=settings.prior_loss_weight,
+            clip_norm=settings.clip_grad_norm,
+            seed=settings.seed,
+        )
+        trainer = Trainer(
+            state=self.state,
+            clock=prepared.clock,
+            update=update,
+            parts=parts,
+            ema=ema,
+            ranks=ranks,
+            log=self.log,
+            saver=self.saver,
+            bag=bag,
+            previews=self._previews(),
+            validation=make_validation(inputs, update, prepared),
+            denoiser=denoiser,
+            report_due=self._due(settings.log_step),
+            preview_due=self._due(settings.sample_steps, at_start=True, at_end=True),
+            validation_due=self._due(
+                chosen.every_n_steps if chosen else None,
+                chosen and int(chosen.every_n_epochs),
+                at_start=True,
+                at_end=True,
+            ),
+            save_due=self._due(settings.save_every_n_steps, settings.save_every_n_epochs),
+            save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
+            profile=make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type),
+        )
+        self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs)
+        return trainer
+
+    def _open_log(self) -> None:
+        if not self.ranks.is_main:
+            return
+        assert self.folder is not None
+        settings, start = self.settings, self.prepared.start
+        record = for_others(self.prepared.record["settings"])
+        trackers = [name for name, on in (("tensorboard", settings.tensorboard), ("wandb", settings.wandb)) if on]
+        self.log = RunLog(
+            self.folder,
+            self.console,
+            project=settings.project_name,
+            settings=record,
+            trackers=trackers,
+            resumed_step=start.state.step if start.checkpoint else None,
+        )
+        self.log.event(
+            "start" if start.checkpoint is None else "resume", f"run folder: {self.folder}", step=start.state.step
+        )
+
+    def _part(self, name: str) -> Part:
+        chosen = self.prepared.resolved.optimizers[name]
+        optimizer = factory.make(
+            chosen.optimizer,
+            self.groups[name],
+            lr=chosen.lr,
+            betas=chosen.betas,
+            epsilon=chosen.epsilon,
+            weight_decay=chosen.weight_decay,
+            args=chosen.args,
+            device=self.ranks.device,
+            rounding_seed=self.settings.seed if self.settings.weights_dtype == "bfloat16" else None,
+        )
+        horizon = chosen.lr_decay_steps or self.state.lr_horizon or self.prepared.clock.total_steps
+        if chosen.lr_decay_steps is None:
+            self.state.lr_horizon = horizon
+        factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
+        row = row_of(chosen.optimizer)
+        assert row is not None
+        return Part(name, optimizer, base_lrs(optimizer), factor, row.has_train_eval)
+
+    def _ema(self, trained: Mapping[str, Mapping[str, torch.nn.Parameter]]) -> EMA | NoEMA:
+        settings = self.settings
+        if settings.ema_decay_rate is None:
+            return NoEMA()
+        named = {f"{part}.{name}": p for part, parameters in trained.items() for name, p in parameters.items()}
+        return EMA(named, settings.ema_decay_rate, settings.ema_update_interval, settings.ema_device)
+
+    def _due(
+        self, steps: int | None = None, epochs: int | None = None, *, at_start: bool = False, at_end: bool = False
+    ) -> Due:
+        last = self.state.step if self.prepared.start.checkpoint else -1
+        return Due(self.prepared.clock, steps, epochs, at_start=at_start, at_end=at_end, last=last)
+
+    def _previews(self) -> NoPreviews:
+        prepared, settings = self.prepared, self.settings
+        if settings.sample_prompts is None or not settings.sample_steps:
+            return NoPreviews()
+        assert self.folder is not None
+        width, height = nearest(1, 1, prepared.gate.sizes)
+        return Previews(
+            settings.sample_prompts,
+            self.folder,
+            self.family.pipeline,
+            self.log,
+            self.ranks,
+            defaults=Sampling(seed=settings.seed, width=width, height=height),
+            captions=[sample.caption for sample in prepared.subject.samples],
+            autocast=prepared.accelerator.autocast,
+            stop=lambda: self.stop.signum,
+        )
+
+    def _exports(self, step: int) -> Exports:
+        """The single file that is made from a checkpoint, with its recipe inside."""
+        settings = self.settings
+        if not settings.save_single_file:
+            return {}
+        assert self.folder is not None
+        target = (
+            settings.save_ckpt_dir or self.folder / "exports"
+        ) / f"{settings.project_name}-{name_of(step)}.safetensors"
+        recipe = json.dumps(for_others(self.prepared.record))
+        return {}
+
+    # What a person reads
+
+    def _say_start(self) -> None:
+        for line in differences(self.prepared.resolved).splitlines():
+            self.console.say(line)
+
+    def _say_notes(self) -> None:
+        for warning in self.prepared.start.warnings:
+            self.log.event("resume", warning, "warning", todo="The newest whole checkpoint is used.")
+        for note in dict.fromkeys(self.prepared.notes):
+            self.log.event("note", note)
+        for line in table_lines([group for groups in self.groups.values() for group in groups]):
+            self.console.say(line)
+
+    def _say_results(self, trainer: Trainer, signum: int) -> None:
+        """Where everything is."""
+        assert self.folder is not None
+        grid = trainer.previews.before_after() if not signum else None
+        newest = next(iter(folders(self.folder / "checkpoints")), None)
+        exports = sorted(
+            (self.settings.save_ckpt_dir or self.folder / "exports").glob(f"*{newest.name if newest else ''}*")
+        )
+        rows = {"checkpoint": newest, "single file": exports[-1] if exports else None, "before and after": grid,
+                "report": self.folder / "report.html"}  # fmt: skip
+        self.console.close()
+        for name, path in rows.items():
+            if path is not None:
+                self.console.say(f"{name + ':':18}{path}")
+        if signum:
+            self.console.say("stopped and saved; go on with --resume latest")

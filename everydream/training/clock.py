@@ -1,0 +1,68 @@
+"""One clock: optimizer steps. Where a step lies in the epochs, and on which steps something is due.
+
+Everything here is a function of the step, so that a resumed run does the same things on the same steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from everydream.data.plan import Plan
+
+
+@dataclass(frozen=True)
+class Clock:
+    """`plan`: the subject pictures'. `per_update`: accumulation × processes. `total_steps`: where the run ends."""
+
+    plan: Plan
+    per_update: int
+    total_steps: int
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, in which the next micro-batch is cut."""
+        return self.plan.epoch_of(step * self.per_update)
+
+    def epochs_ended(self, step: int) -> int:
+        """Epochs whose last micro-batch lies at or before this update border."""
+        if step == 0:
+            return 0
+        done = step * self.per_update
+        epoch = self.plan.epoch_of(done - 1)
+        return epoch + int(self.plan.micro_batches(epoch + 1) <= done)
+
+    def ends_epoch(self, step: int, every: int) -> bool:
+        """Whether an epoch whose number is a multiple of `every` ends with the update before this border."""
+        return step > 0 and self.epochs_ended(step) // every > self.epochs_ended(step - 1) // every
+
+    def steps_of_epoch_ends(self, every: int) -> list[int]:
+        return [step for step in range(1, self.total_steps + 1) if self.ends_epoch(step, every)]
+
+
+@dataclass
+class Due:
+    """When something is done: every n steps, every n epochs, at the start, at the end. Never twice on one step."""
+
+    clock: Clock
+    every_steps: int | None = None
+    every_epochs: int | None = None
+    at_start: bool = False
+    at_end: bool = False
+    last: int = -1  # the step it was last done on, or the checkpoint's that the run was resumed from
+
+    def __call__(self, step: int) -> bool:
+        if step == self.last:
+            return False
+        due = self.is_on(step)
+        self.last = step if due else self.last
+        return due
+
+    def is_on(self, step: int) -> bool:
+        if step == 0:
+            return self.at_start
+        return bool(
+            (self.every_steps and step % self.every_steps == 0)
+            or (self.every_epochs and self.clock.ends_epoch(step, self.every_epochs))
+            or (self.at_end and step >= self.clock.total_steps)
+        )

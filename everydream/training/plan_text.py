@@ -1,0 +1,126 @@
+"""`--dry_run`: what a run would do, in words, from checked settings and pictures; no weights are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from everydream.data.summary import bucket_lines
+from everydream.optim.groups import Group, table_lines
+from everydream.optim.table import row_of
+
+if TYPE_CHECKING:
+    from everydream.training.prepare import Prepared
+
+BYTES = {"float32": 4, "bfloat16": 2}
+BLOCK = 256  # bitsandbytes: one float32 scale for so many 8-bit values
+SHOWN_STEPS = 8
+
+
+def plan_text(prepared: Prepared) -> str:
+    sections = {
+        "Pictures": _pictures(prepared),
+        "Steps": _steps(prepared),
+        "Trained": table_lines([group for groups in prepared.groups.values() for group in groups]),
+        "Memory": _memory(prepared),
+        "Notes": list(dict.fromkeys(prepared.notes)),
+    }
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
+    )
+
+
+def _pictures(prepared: Prepared) -> Iterator[str]:
+    plan = prepared.subject.plan
+    yield f"samples: {len(prepared.subject.samples)}, in the first epoch {plan.draws_in(0)}"
+    yield from (f"bucket {line}" for line in bucket_lines(plan))
+    for name, samples in prepared.validation_sets.items():
+        yield f"{name}: {len(samples)} pictures"
+    if prepared.settings.class_data_root is not None and prepared.settings.prior_loss_weight:
+        folder = prepared.settings.class_data_root
+        there = len(prepared.pictures_in(folder)) if folder.is_dir() else 0
+        missing = max(0, (prepared.settings.num_class_images or 0) - there)
+        yield f"class pictures: {there} there" + (f", {missing} to be made" if missing else "")
+
+
+def _steps(prepared: Prepared) -> Iterator[str]:
+    settings, clock, plan = prepared.settings, prepared.clock, prepared.subject.plan
+    total = clock.total_steps
+    epochs = clock.epochs_ended(total)
+    yield f"micro-batches an epoch: {plan.micro_batches(plan.start[1] + 1) - plan.start[0]} of {settings.batch_size}"
+    yield (
+        f"an update: {settings.batch_size} × {prepared.accumulation} accumulated × {prepared.ranks.count} processes = "
+        f"{settings.batch_size * prepared.per_update} pictures"
+    )
+    yield f"steps an epoch: {total / epochs:.4g}" if epochs else "steps an epoch: fewer than one epoch is trained"
+    yield f"total steps: {total}, epochs: {epochs}"
+    saves = [s for s in range(1, total + 1) if settings.save_every_n_steps and s % settings.save_every_n_steps == 0]
+    if settings.save_every_n_epochs:
+        saves += clock.steps_of_epoch_ends(settings.save_every_n_epochs)
+    yield f"saves after step: {_listed({*saves, total})}"
+    if settings.sample_prompts is not None and settings.sample_steps:
+        yield f"previews at step: {_listed({*range(0, total + 1, settings.sample_steps), total})}"
+    yield from prepared.rests()
+
+
+def _listed(steps: Iterable[int]) -> str:
+    ordered = sorted(steps)
+    if len(ordered) <= SHOWN_STEPS:
+        return ", ".join(map(str, ordered))
+    return ", ".join(map(str, ordered[: SHOWN_STEPS - 1])) + f", … {ordered[-1]} ({len(ordered)} in all)"
+
+
+def _memory(prepared: Prepared) -> Iterator[str]:
+    """Weights, gradients and state are counted; activations are a rough estimate from measurements."""
+    settings = prepared.settings
+    width = BYTES[settings.weights_dtype]
+    total = 0
+    for part, groups in prepared.groups.items():
+        weights = sum(math.prod(shape) for shape in prepared.facts.shapes[part].values())
+        trained = sum(group.parameters for group in groups)
+        state = state_bytes(prepared.resolved.optimizers[part].optimizer, groups)
+        average = 4 * trained if settings.ema_decay_rate else 0
+        gradients = 0 if settings.fused_backward else width * trained
+        rows = {"weights": width * weights, "gradients": gradients, "optimizer state": state, "average": average}
+        total += sum(rows.values())
+        yield f"{part}: " + ", ".join(f"{name} {size(count)}" for name, count in rows.items() if count)
+    yield f"together: {size(total)}, and activations of some {size(activation_bytes(prepared))} (an estimate)"
+
+
+def state_bytes(optimizer: str, groups: Sequence[Group]) -> int:
+    """Of the optimizer's state for these groups."""
+    row = row_of(optimizer)
+    assert row is not None
+    total = 0.0
+    for shape in (shape for group in groups for shape in group.shapes):
+        count = math.prod(shape)
+        small = row.state_bits == 8 and count < 4096  # bitsandbytes keeps these in float32
+        each = 4.0 if row.state_bits == 32 or small else 1.0 + 4 / BLOCK
+        if row.moments:
+            total += row.moments * each * count
+        elif row.name == "adafactor":
+            total += 4 * (sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else count)
+    return int(total)
+
+
+def activation_bytes(prepared: Prepared) -> int:
+    """What backward needs of the UNet: about 5 GB a picture for Stable Diffusion 1 at 512² in float32 without
+    checkpointing, growing with the latents' area, the channels and the layers; a quarter of it with checkpointing."""
+    settings, config = prepared.settings, prepared.facts.configs["unet"]
+    width = 4 if settings.mixed_precision in (None, "no") and settings.weights_dtype == "float32" else 2
+    latent = (prepared.resolution / prepared.facts.vae_factor) ** 2
+    layers = config.get("layers_per_block", 2) + 0.5
+    cells = sum(
+        channels * latent / 4**level * layers for level, channels in enumerate(config.get("block_out_channels", []))
+    )
+    share = 0.25 if settings.gradient_checkpointing else 1.0
+    return int(settings.batch_size * cells * 60 * width * share)
+
+
+def size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:.4g} GB"

@@ -1,0 +1,279 @@
+"""Everything that is checked before anything is written and before weights are read: stages 1 to 5 of a run.
+
+`--dry_run` ends here. build.py goes on with stages 6 to 10.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from everydream.data.buckets import bucket_sizes
+from everydream.data.fingerprint import fingerprint
+from everydream.data.folders import find, roots_of
+from everydream.data.gate import Progress
+from everydream.data.scan import Sample
+from everydream.data.summary import long_captions, rest_lines, size_notes
+from everydream.diffusion import objectives
+from everydream.diffusion.objectives import Objective
+from everydream.diffusion.paths import NoisePath
+from everydream.diffusion.times import TimeSampler
+from everydream.errors import ConfigError
+from everydream.models.family import read_facts, tokenizer_for
+from everydream.optim import factory
+from everydream.optim.fused import refusals
+from everydream.optim.groups import Group, freeze_text_encoder, split
+from everydream.runtime import Ranks, StopRequest, make_accelerator
+from everydream.training.clock import Clock
+from everydream.training.console import Console
+from everydream.training.pictures import Gate, PictureSet, total_updates
+from everydream.training.resuming import check_data, check_settings, find_start
+from everydream.training.validation import HELD_OUT, TRAINED, choose, refuse_shared
+from everydream.training.validation import split as hold_out
+
+PARTS = ("unet", "text_encoder")
+
+
+class Prepared:
+    """A run's settings, checked against its processes, model, optimizers and pictures.
+
+    `resolved` is config.resolve's result; `changes(old record, new record)` config.compare's.
+    Raises ConfigError, DataError, CheckpointError, Stopped.
+    """
+
+    def __init__(self, resolved: Any, changes: Any, stop: StopRequest, console: Console) -> None:
+        self.resolved, self.stop, self.console = resolved, stop, console
+        self.notes: list[str] = []  # each said once, at the start
+        self._processes()
+        self._where_to_start(changes)
+        self._model()
+        self._optimizers()
+        self._pictures()
+
+    # 1. Processes, and one seed for all of them
+
+    def _processes(self) -> None:
+        self.accelerator = make_accelerator(self.resolved.settings.mixed_precision or "no")
+        self.ranks = Ranks(self.accelerator)
+        self.resolved = self.resolved.with_seed(self.ranks.broadcast(self.resolved.settings.seed))
+        self.settings = self.resolved.settings
+        self.accumulation = accumulation(
+            self.settings.batch_size, self.settings.grad_accum, self.settings.global_batch_size, self.ranks.count
+        )
+        self.per_update = self.accumulation * self.ranks.count
+        self.record = {**self.resolved.record(), "processes": self.ranks.count}
+        self.ranks.refuse_difference(self.record, "settings")
+
+    # 2. A new run, or a checkpoint
+
+    def _where_to_start(self, changes: Any) -> None:
+        settings = self.settings
+        resume = None if settings.resume is None else str(settings.resume)
+        self.start, self.old_run = find_start(resume, settings.logdir, settings.project_name, self.ranks)
+        self.notes += self.start.notes
+        self.notes += check_settings(self.start, self.record, changes, settings.resume_changed)
+
+    # 3. The model, from its small files
+
+    def _model(self) -> None:
+        settings = self.settings
+        if self.start.model is None:
+            self.facts = read_facts(
+                settings.base_model, settings.base_model_revision, settings.allow_pickle, settings.prediction_type
+            )
+        else:
+            self.facts = read_facts(self.start.model)
+        self.notes += self.facts.notes
+        prediction = settings.prediction_type or self.facts.prediction_type
+        steps = self.facts.num_train_timesteps
+        end = min(settings.timestep_end, steps)
+        wrong = objectives.problems(prediction, settings.enable_zero_terminal_snr, settings.timestep_start, end, steps)
+        if settings.clip_skip >= self.facts.text_layers:
+            wrong.append(f"clip_skip: {settings.clip_skip}, and the text encoder has {self.facts.text_layers} layers")
+        if wrong:
+            raise ConfigError(wrong)
+        self.times = TimeSampler(settings.timestep_start, end, steps)
+        path = NoisePath.from_scheduler_config(self.facts.scheduler_config, settings.enable_zero_terminal_snr)
+        self.objective = Objective(
+            path.to(self.ranks.device), prediction, settings.min_snr_gamma, settings.loss_type, settings.huber_delta
+        )
+
+    # 4. What is trained, with what
+
+    def _optimizers(self) -> None:
+        settings = self.settings
+        off = {"unet": settings.disable_unet_training, "text_encoder": settings.disable_textenc_training}
+        self.parts = [part for part in PARTS if not off[part]]
+        for part in self.parts:
+            chosen = self.resolved.optimizers[part]
+            said = factory.check(
+                chosen.optimizer,
+                chosen.args,
+                lr=chosen.lr,
+                betas=chosen.betas,
+                epsilon=chosen.epsilon,
+                weight_decay=chosen.weight_decay,
+                device=self.ranks.device.type,
+            )
+            self.notes += [note for note in said if note not in self.notes]
+        if settings.fused_backward:
+            reasons = refusals(
+                processes=self.ranks.count,
+                accumulation=self.accumulation,
+                clip_norm=settings.clip_grad_norm,
+                scales_loss=settings.mixed_precision == "fp16",
+            )
+            if reasons:
+                raise ConfigError([f"fused_backward cannot be used: {reason}" for reason in reasons])
+        self.frozen = {part: self._frozen_names(part) for part in self.parts}
+        self.groups = self.groups_of(self.facts.shapes)
+
+    def _frozen_names(self, part: str) -> set[str]:
+        if part != "text_encoder":
+            return set()
+        freezing = self.resolved.freezing
+        return freeze_text_encoder(
+            list(self.facts.shapes[part]),
+            layers=self.facts.text_layers,
+            unused_layers=self.settings.clip_skip,
+            unfreeze_last_n_layers=freezing.unfreeze_last_n_layers,
+            freeze_embeddings=freezing.freeze_embeddings,
+            freeze_final_layer_norm=freezing.freeze_final_layer_norm,
+        )
+
+    def groups_of(self, named: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Group]]:
+        """Part → groups, of shapes or of parameters."""
+        chosen = self.resolved.optimizers
+        return {
+            part: split(
+                named[part].items(),
+                part,
+                chosen[part].weight_decay,
+                chosen[part].no_decay_on_norms,
+                lr=chosen[part].lr,
+                frozen=self.frozen[part],
+            )
+            for part in self.parts
+        }
+
+    # 5. Pictures
+
+    def _pictures(self) -> None:
+        settings, facts = self.settings, self.facts
+        self.cache_dir = settings.cache_dir or default_cache_dir()
+        self.resolution = settings.resolution or facts.resolution
+        step = facts.vae_factor * facts.unet_factor
+        if self.resolution < step:
+            raise ConfigError(f"resolution: {self.resolution} is below {step}, the least that this model can take")
+        self.gate = Gate(
+            sizes=bucket_sizes(self.resolution, step),
+            bad_images=settings.bad_images,
+            max_image_megapixels=settings.max_image_megapixels,
+            masked_loss=settings.masked_loss,
+            workers=os.cpu_count() or 1 if settings.scan_workers is None else settings.scan_workers,
+            cache_dir=self.cache_dir,
+            ranks=self.ranks,
+        )
+        samples = self.scan("subject", settings.data_root, settings.instance_prompt)
+        self.fingerprint = fingerprint(samples)
+        self.ranks.refuse_difference(self.fingerprint, "pictures and captions")
+        state = self.start.state
+        changed = check_data(self.start, self.fingerprint, settings.accept_data_changes)
+        if changed:
+            state.plan_start = [state.step * self.per_update, state.epoch + 1]
+            self.notes += [f"pictures since the checkpoint: {line}" for line in changed]
+        samples, self.validation_sets = self._hold_out(samples)
+        self.subject = self.picture_set("subject", samples)
+        plan = self.subject.plan
+        self.tokenize = tokenizer_for(facts)
+        limit = (facts.max_tokens - 2) * settings.max_caption_chunks
+        self.notes += size_notes({sample.identity: sample for sample in samples}, plan)
+        self.notes += long_captions(samples, self.tokenize.count, limit)
+        total = total_updates(plan, self.per_update, settings.max_epochs, settings.max_steps)
+        if total == 0:
+            raise ConfigError(
+                f"max_epochs {settings.max_epochs} gives no update: an update takes {self.per_update} × "
+                f"{settings.batch_size} pictures, and {len(samples)} pictures fill only "
+                f"{plan.micro_batches(settings.max_epochs or 1)} batches. Raise max_epochs, or lower grad_accum or "
+                "batch_size"
+            )
+        self.clock = Clock(plan, self.per_update, total)
+
+    def rests(self) -> list[str]:
+        """What the end of the run leaves untrained."""
+        epochs = self.settings.max_epochs
+        if epochs is None or self.clock.total_steps < self.subject.plan.micro_batches(epochs) // self.per_update:
+            return []  # max_steps ends the run before
+        return rest_lines(self.subject.plan, epochs, self.accumulation, self.ranks.count)
+
+    def scan(self, name: str, roots: Sequence[Path], caption: str | None = None) -> Sequence[Sample]:
+        with self.task(f"checking {name} pictures") as progress:
+            found = self.gate.check(roots_of(name, tuple(roots), caption), progress)
+        self.notes += found.notes
+        if self.settings.bad_images == "skip":
+            self.notes += [f"left out: {problem}" for problem in found.problems]
+        return found.usable(self.settings.bad_images)
+
+    def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
+        begin, epoch = self.start.state.plan_start
+        settings = self.settings
+        return PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
+
+    def _hold_out(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], dict[str, Sequence[Sample]]]:
+        """(trained on, metric → pictures that validation looks at)."""
+        chosen = self.resolved.validation
+        sets: dict[str, Sequence[Sample]] = {}
+        if chosen is None:
+            return samples, sets
+        if chosen.val_split_mode == "automatic":
+            samples, sets[HELD_OUT] = hold_out(samples, chosen.auto_split_proportion, chosen.seed)
+        elif chosen.val_split_mode == "manual":
+            sets[HELD_OUT] = self.scan("validation", [chosen.manual_data_root])
+            refuse_shared(samples, sets[HELD_OUT])
+        for name, root in chosen.extra_manual_datasets.items():
+            sets[f"{HELD_OUT}_{name}"] = self.scan(f"validation-{name}", [root])
+        if chosen.stabilize_training_loss:
+            sets[TRAINED] = choose(samples, chosen.stabilize_split_proportion, chosen.seed, "stabilize")
+        return samples, sets
+
+    def pictures_in(self, folder: Path) -> list[str]:
+        """Names of the pictures there, unchecked."""
+        return [found.path.name for root in roots_of("class", (folder,)) for found in find(root).pictures]
+
+    @contextlib.contextmanager
+    def task(self, title: str) -> Iterator[Progress]:
+        """A bar that appears once the work knows its size; a signal ends the work."""
+        with contextlib.ExitStack() as bar:
+            shown: list[Any] = []
+            last = [0]
+
+            def progress(done: int, total: int) -> None:
+                self.stop.raise_if_set()
+                if not total:
+                    return
+                if not shown:
+                    shown.append(bar.enter_context(self.console.task(title, total)))
+                shown[0](done - last[0])
+                last[0] = done
+
+            yield progress
+
+
+def accumulation(batch_size: int, grad_accum: int, global_batch_size: int | None, processes: int) -> int:
+    """Micro-batches a process adds up for one update. Raises ConfigError where global_batch_size cannot be divided."""
+    if global_batch_size is None:
+        return grad_accum
+    share = batch_size * processes
+    if global_batch_size % share:
+        raise ConfigError(
+            f"global_batch_size: {global_batch_size} cannot be divided by {processes} processes × batch_size "
+            f"{batch_size} = {share}. Use {max(1, round(global_batch_size / share)) * share}, or another batch_size"
+        )
+    return global_batch_size // share
+
+
+def default_cache_dir() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "everydream"

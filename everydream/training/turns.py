@@ -1,0 +1,285 @@
+"""What a turn of the loop does besides training: report, preview, validate, save, skip, roll back, stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from everydream.errors import DivergedError, SaveError
+from everydream.optim.factory import set_mode
+from everydream.optim.schedules import set_lr
+from everydream.training.divided import on_main
+from everydream.training.profile import NoProfile
+from everydream.training.saver import FAILURES, Saver
+
+if TYPE_CHECKING:
+    from everydream.optim.ema import EMA, NoEMA
+    from everydream.runtime import Ranks
+    from everydream.training.bag import Bag
+    from everydream.training.clock import Clock, Due
+    from everydream.training.log import NullLog
+    from everydream.training.state import TrainState
+    from everydream.training.update import Update, Verdict
+
+SKIPS_BEFORE_ROLL_BACK = 3
+ROLL_BACKS_BEFORE_END = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """The UNet or the text encoder: what trains it, and its learning rate as a function of the step."""
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    base_lrs: list[float]
+    lr_factor: Callable[[int], float]
+    has_train_eval: bool = False
+
+    def set_lr(self, step: int) -> float:
+        return set_lr(self.optimizer, self.base_lrs, self.lr_factor(step))
+
+
+@dataclass
+class Trainer:
+    """A run under way. Made by build(); train() drives it."""
+
+    state: TrainState
+    clock: Clock
+    update: Update
+    parts: Mapping[str, Part]
+    ema: EMA | NoEMA
+    ranks: Ranks
+    log: NullLog
+    saver: Saver
+    bag: Bag
+    previews: Callable[[int], object]
+    validation: Callable[[int], Mapping[str, float]]
+    denoiser: torch.nn.Module
+    report_due: Due
+    preview_due: Due
+    validation_due: Due
+    save_due: Due
+    save_every_s: float | None = None
+    profile: NoProfile = field(default_factory=NoProfile)
+    stop_signal: int = 0
+    save_is_due: bool = False  # by the clock on rank 0's wall
+    verdict: Verdict | None = None
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    _stop_reason: str = ""
+    _last_save: float = field(default_factory=time.monotonic)
+    _last_report: float = field(default_factory=time.perf_counter)
+    _images_at_report: int = 0
+
+    def __post_init__(self) -> None:
+        self.update.flags = self._flags
+        self._images_at_report = self.state.images_seen
+
+    # A turn
+
+    def report(self) -> None:
+        """A line of metrics.jsonl every log_step updates: the mean loss over the pictures since the last line."""
+        self._report_saves()
+        state = self.state
+        if not self.report_due(state.step) or self.verdict is None:
+            return
+        now = time.perf_counter()
+        values: dict[str, float] = {"epoch": state.epoch, "images_seen": state.images_seen}
+        if state.loss_count:
+            values["loss"] = state.loss_sum / state.loss_count
+        if state.prior_count:
+            values["loss_prior"] = state.prior_sum / state.prior_count
+        if state.class_images_seen:
+            values["class_images_seen"] = state.class_images_seen
+        values |= {f"lr_{name}": lr for name, lr in self.lrs.items()}
+        values |= {f"grad_norm_{name}": norm for name, norm in self.verdict.norms.items() if math.isfinite(norm)}
+        values |= self.ema.metrics(state.step)
+        values["images_per_s"] = (state.images_seen - self._images_at_report) / (now - self._last_report)
+        values["data_wait_s"] = self.update.data_wait_s
+        values["memory_bytes"] = memory_bytes()
+        self.log.metrics(state.step, values)
+        self._last_report, self._images_at_report, self.update.data_wait_s = now, state.images_seen, 0.0
+        state.loss_sum = state.prior_sum = 0.0
+        state.loss_count = state.prior_count = 0
+
+    def preview(self) -> None:
+        if self.preview_due(self.state.step):
+            with self.profile("preview"), self._failure_is_reported("the preview"), self.evaluating():
+                self.previews(self.state.step)
+
+    def validate(self) -> None:
+        if self.validation_due(self.state.step):
+            with self.profile("validation"), self._failure_is_reported("the validation"), self.evaluating():
+                values = self.validation(self.state.step)
+                if values:
+                    self.log.metrics(self.state.step, values)
+
+    def save(self) -> None:
+        """What is due on this step, or what a stop or the end of the run asks for. Never at step 0."""
+        step, is_last = self.state.step, self.is_over()
+        due = self.save_due(step) or self.save_is_due or (is_last and self.save_due.last != step)
+        if not due or step == 0:
+            return
+        self.save_due.last, self.save_is_due, self._last_save = step, False, time.monotonic()
+        if self.ranks.is_main:
+            with self.profile("save"):
+                self.log.sync()
+                optimizers = self.bag.capture()  # with the training weights, before averaged ones take their place
+                with averaged(self.parts):
+                    self.saver.save(step, *self.bag.contents(optimizers))
+        if is_last:
+            on_main(self.ranks, self.saver.require)
+        self._report_saves()
+
+    def is_over(self) -> bool:
+        return bool(self.stop_signal or self._stop_reason) or self.state.step >= self.clock.total_steps
+
+    def finish(self) -> int:
+        self.saver.join()
+        self._report_saves()
+        self.profile.close()
+        return self.stop_signal
+
+    # After an update
+
+    def set_learning_rates(self) -> None:
+        self.lrs = {name: part.set_lr(self.state.step) for name, part in self.parts.items()}
+
+    def advance(self, verdict: Verdict) -> None:
+        state, update = self.state, self.update
+        pictures = update.pictures * self.ranks.count
+        state.step += 1
+        state.images_seen += pictures
+        state.class_images_seen += pictures * update.has_class
+        state.epoch = self.clock.epoch(state.step)
+        shown = {f"lr_{name}": lr for name, lr in self.lrs.items()}
+        if verdict.is_finite:
+            state.loss_sum += verdict.loss_sum
+            state.loss_count += pictures
+            state.prior_sum += verdict.prior_sum
+            state.prior_count += pictures * update.has_class
+            shown["loss"] = verdict.loss_sum / pictures
+        self.verdict = verdict
+        self.stop(verdict)
+        self.save_is_due = verdict.save_is_due
+        self.log.progress(state.step, shown | {"epoch": state.epoch, "images_seen": state.images_seen})
+        if verdict.failed_saves >= FAILURES:
+            raise SaveError(f"{verdict.failed_saves} saves in a row failed, see the warnings above. Nothing was lost "
+                            "before them: make room, then go on with --resume latest")  # fmt: skip
+
+    def stop(self, verdict: Verdict) -> None:
+        self.stop_signal = self.stop_signal or verdict.stop_signal
+
+    def stop_after_this_step(self, reason: str) -> None:
+        """For plugins, on every process alike: the run ends after this turn, saved, with exit code 0."""
+        self._stop_reason = reason
+        self.log.event("stopped_by_plugin", reason, step=self.state.step)
+
+    def skip(self, verdict: Verdict) -> None:
+        """A non-finite loss or gradient never reaches the weights. Raises DivergedError after too many."""
+        state, names = self.state, self.update.suspects()
+        state.skipped_steps.append(state.step)
+        self.update.lower_loss_scale()
+        losses = (verdict.loss_sum, verdict.prior_sum)
+        self.log.event(
+            "skipped",
+            f"step {state.step}: the {'gradient' if all(map(math.isfinite, losses)) else 'loss'} is not finite, so this "
+            f"update was left out. Pictures: {', '.join(names)}",
+            level="warning",
+            todo="Look at these pictures and captions. If it happens again with others, lower lr or set clip_grad_norm.",
+            samples=names,
+        )
+        if self._skips_in_a_row() >= SKIPS_BEFORE_ROLL_BACK and not self.update.may_lower_loss_scale:
+            self._roll_back()
+
+    def _skips_in_a_row(self) -> int:
+        since = self.state.rollbacks[-1][0] if self.state.rollbacks else 0
+        skipped, step = set(self.state.skipped_steps), self.state.step
+        while step > since and step in skipped:
+            step -= 1
+        return self.state.step - step
+
+    def _roll_back(self) -> None:
+        """Reload the last good checkpoint and go on after the pictures that led here."""
+        state, advice = self.state, "Lower lr, set clip_grad_norm, or leave out the pictures named above"
+        if len(state.rollbacks) + 1 >= ROLL_BACKS_BEFORE_END:
+            raise DivergedError(f"step {state.step}: diverged again after a roll-back. {advice}")
+        on_main(self.ranks, self.saver.join)
+        step = self.bag.reload_latest()
+        if step is None:
+            raise DivergedError(f"step {state.step}: diverged, and there is no checkpoint to go back to. {advice}")
+        state.rollbacks.append([state.step, step])
+        message = f"step {state.step}: {SKIPS_BEFORE_ROLL_BACK} updates in a row were not finite; the weights are now those of"
+        self.log.event("rolled_back", f"{message} step {step}", "warning", todo=advice + ".", to=step)
+
+    # Helpers
+
+    def _flags(self) -> tuple[bool, int]:
+        """Rank 0's clock and saver, for all: they travel with the update's host read."""
+        due = self.save_every_s is not None and time.monotonic() - self._last_save >= self.save_every_s
+        return due and self.ranks.is_main, self.saver.failures * self.ranks.is_main
+
+    def _report_saves(self) -> None:
+        for saved in self.saver.outcomes():
+            if saved.error is not None:
+                todo = "Training goes on and tries again at the next interval: make room, or mend the folder."
+                self.log.event("save_failed", str(saved.error), "warning", todo=todo, of_step=saved.step)
+                continue
+            for warning in saved.warnings:
+                self.log.event("save", warning, "warning", todo="The checkpoint itself is safe.", of_step=saved.step)
+            self.log.event("saved", f"saved {saved.path}", "debug", of_step=saved.step, path=str(saved.path),
+                           seconds=saved.seconds, held_s=saved.held_s, exported=[str(path) for path in saved.exported],
+                           deleted=[str(path) for path in saved.deleted])  # fmt: skip
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """EMA's or averaged weights in place, layers in eval mode; exactly the training weights afterwards."""
+        with averaged(self.parts), self.ema.applied():
+            self.denoiser.eval()
+            try:
+                yield
+            finally:
+                self.denoiser.train()
+
+    @contextlib.contextmanager
+    def _failure_is_reported(self, what: str) -> Iterator[None]:
+        """A preview or a validation that fails is no reason to lose a run."""
+        try:
+            yield
+        except Exception as error:
+            self.log.event(what.removeprefix("the "), f"{what} at step {self.state.step} failed: {error!r}", "warning",
+                           todo="Training goes on.")  # fmt: skip
+
+
+@contextlib.contextmanager
+def averaged(parts: Mapping[str, Part]) -> Iterator[None]:
+    """Schedule-free optimizers keep two points: they train at one and are meant to be used at the other."""
+    switching = [part.optimizer for part in parts.values() if part.has_train_eval]
+    weights = [p for optimizer in switching for group in optimizer.param_groups for p in group["params"]]
+    kept = [weight.detach().clone() for weight in weights]
+    for optimizer in switching:
+        set_mode(optimizer, training=False)
+    try:
+        yield
+    finally:
+        for optimizer in switching:
+            set_mode(optimizer, training=True)
+        with (
+            torch.no_grad()
+        ):  # switching back rounds, the copies do not: a save or a preview leaves no trace in the run
+            for weight, copy in zip(weights, kept, strict=True):
+                weight.copy_(copy)
+
+
+def memory_bytes() -> int:
+    """Peak of the card's memory; without a card, what this process holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
