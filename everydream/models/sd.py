@@ -6,7 +6,6 @@ Shapes: B pictures, C channels, H × W; text is tokens_BKL (K chunks of L tokens
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,10 @@ from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts
 from everydream.models.files import CopyOf, FileContent, HeldFile, TensorFile
 from everydream.models.layers import ATTENTION
-from everydream.models.sources import STEMS
 from everydream.models.tensors import NoInit, PartReader, check_names
 from everydream.models.tokenizer import Tokenize
 from everydream.models.unet import UNet
+from everydream.models.writing import folder_files
 
 TRAINABLE = ("unet", "text_encoder")
 
@@ -162,36 +161,24 @@ class StableDiffusion:
 
         snapshot: part → published name → tensor, for the parts that were trained; the others are as they were read.
         """
-        configs = dict(self.facts.configs)
-        configs["scheduler"] = self.scheduler_config
-        index = dict(configs.pop("model_index"))
-        index["scheduler"] = ["diffusers", self.scheduler_config["_class_name"]]
-        # Neither is here: a checker in the index without its folder would not load.
-        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-        files: dict[str, FileContent] = {"model_index.json": _json(index)}
-        for part, config in configs.items():
-            files[f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json"] = _json(config)
-        files |= {f"tokenizer/{name}": content for name, content in self.facts.tokenizer.files().items()}
-        for part, reader in self._readers.items():
-            name = f"{part}/{STEMS[part]}.safetensors"
-            if part in snapshot:
-                files[name] = TensorFile(snapshot[part])
-            elif part in self._files:
-                files[name] = CopyOf(self._files[part])
-            else:
-                files[name] = TensorFile(reader.read())
-        return files
+        return folder_files(self.facts, self.scheduler_config, {p: self._content(p, snapshot) for p in self._readers})
 
     def pipeline(self, scheduler: Any = None) -> Any:
         """A diffusers pipeline on this model's own weights, for previews. Dropped parts are read again for it."""
         from everydream.models.pipeline import stable_diffusion_pipeline
 
-        modules = {
-            "unet": self.denoiser.unet,
-            "text_encoder": self.denoiser.text_encoder or self._read("text_encoder"),
-            "vae": self.vae or self._read("vae"),
-        }
+        modules = {part: self.part(part) for part in ("unet", "text_encoder", "vae")}
         return stable_diffusion_pipeline(self.facts, modules, scheduler or self.scheduler_config)
+
+    def part(self, name: str) -> Any:
+        """The unet, text_encoder or vae. One that was dropped is read again from its file: it was frozen."""
+        module = self.vae if name == "vae" else getattr(self.denoiser, name)
+        return self._read(name) if module is None else module
+
+    def _content(self, part: str, snapshot: Mapping[str, Mapping[str, Tensor]]) -> FileContent:
+        if part in snapshot:
+            return TensorFile(snapshot[part])
+        return CopyOf(self._files[part]) if part in self._files else TensorFile(self._readers[part].read())
 
     def _module(self, part: str) -> Any:
         module = getattr(self.denoiser, part)
@@ -232,7 +219,3 @@ def _build(part: str, facts: Facts, clip_skip: int) -> nn.Module:
     if part == "text_encoder":
         return TextEncoder(facts.configs[part], clip_skip)
     return {"unet": UNet, "vae": Autoencoder}[part](facts.configs[part])
-
-
-def _json(content: Any) -> bytes:
-    return json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True).encode() + b"\n"

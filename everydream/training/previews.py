@@ -17,6 +17,7 @@ from everydream.errors import ConfigError, Stopped
 from everydream.training import grids, prompts, sampling
 from everydream.training.divided import divided, on_main
 from everydream.training.prompts import Picture, Sampling
+from everydream.training.sampling import Parts
 from everydream.training.storage import Bytes, write_atomically
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Result = TypeVar("Result")
 
 SAMPLES, BEFORE_AFTER = "samples", "before_after.png"
 BATCH_SIZE = 4  # pictures at a time; halved where memory does not do
-MAX_TOKENS = 75  # of a prompt, beside the two marks; CLIP reads no more
 
 
 class NoPreviews:
@@ -41,16 +41,16 @@ class NoPreviews:
 
 
 class Previews(NoPreviews):
-    """`pipeline()`: a diffusers pipeline on the weights as they are now; it is let go after each use. `prompts_file` is
-    read anew each time. `evaluating()`: EMA's weights in, eval mode, and back. `stop()`: the signal to stop for, or 0.
-    All processes must call; rank 0 writes `samples/step-….png` in `folder`. The training's randomness is untouched.
+    """`parts()`: the model as it is now; let go after each use. `prompts_file` is read anew each time. `evaluating()`:
+    EMA's weights in, and back. `stop()`: the signal to stop for, or 0. All processes must call; rank 0 writes
+    `samples/step-….png` in `folder`. The training's randomness is untouched.
     """
 
     def __init__(
         self,
         prompts_file: Path,
         folder: Path,
-        pipeline: Callable[[], Any],
+        parts: Callable[[], Parts],
         log: NullLog,
         ranks: Ranks,
         *,
@@ -61,7 +61,7 @@ class Previews(NoPreviews):
         evaluating: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         stop: Callable[[], int] = lambda: 0,
     ) -> None:
-        self.prompts_file, self.folder, self.pipeline = prompts_file, folder, pipeline
+        self.prompts_file, self.folder, self.parts = prompts_file, folder, parts
         self.log, self.ranks, self.defaults, self.captions = log, ranks, defaults, captions
         self._told: set[str] = set()
         self.batch_size, self.autocast, self.evaluating, self.stop = batch_size, autocast, evaluating, stop
@@ -83,14 +83,14 @@ class Previews(NoPreviews):
 
     def _make(self, pictures: Sequence[Picture]) -> list[bytes | str]:
         """For each picture a PNG, or why there is none."""
-        pipeline = together(self.ranks, self.pipeline)
-        self._mention_long(pipeline, pictures)
+        parts = together(self.ranks, self.parts)
+        self._mention_long(parts, pictures)
         todo = sampling.batches(pictures, self.batch_size)
-        with self.log.task("preview", len(pictures)) as advance, eval_mode(pipeline):
+        with self.log.task("preview", len(pictures)) as advance, parts.evaluating():
             done = divided(
                 self.ranks,
                 todo,
-                lambda batch: self._batch(pipeline, [pictures[i] for i in batch]),
+                lambda batch: self._batch(parts, [pictures[i] for i in batch]),
                 self.stop,
                 lambda results: advance(sum(map(len, results))),
             )
@@ -99,9 +99,9 @@ class Previews(NoPreviews):
             made |= dict(zip(batch, results, strict=True))
         return [made[i] for i in range(len(pictures))]
 
-    def _batch(self, pipeline: Any, pictures: Sequence[Picture]) -> list[bytes | str]:
+    def _batch(self, parts: Parts, pictures: Sequence[Picture]) -> list[bytes | str]:
         try:
-            images = sampling.sample(pipeline, pictures, autocast=self.autocast, stopping=lambda: bool(self.stop()))
+            images = sampling.sample(parts, pictures, autocast=self.autocast, stopping=lambda: bool(self.stop()))
             return [_png(image) for image in images]
         except sampling.Interrupted:
             raise Stopped(self.stop()) from None
@@ -113,7 +113,7 @@ class Previews(NoPreviews):
         # Outside the handler, which would keep the failed batch's tensors alive.
         release_memory()
         self.batch_size = max(1, len(pictures) // 2)
-        return [result for picture in pictures for result in self._batch(pipeline, [picture])]
+        return [result for picture in pictures for result in self._batch(parts, [picture])]
 
     def _write(self, step: int, pictures: Sequence[Picture], made: Sequence[bytes | str]) -> list[Path]:
         from PIL import Image
@@ -159,11 +159,11 @@ class Previews(NoPreviews):
             return None
         return path
 
-    def _mention_long(self, pipeline: Any, pictures: Sequence[Picture]) -> None:
+    def _mention_long(self, parts: Parts, pictures: Sequence[Picture]) -> None:
         for text in dict.fromkeys(p.prompt for p in pictures):
-            if self.ranks.is_main and len(pipeline.tokenizer.tokenize(text)) > MAX_TOKENS:
+            if self.ranks.is_main and parts.is_too_long(text):
                 self._warn(
-                    f"prompt {text[:60]!r}… has more than {MAX_TOKENS} tokens", "Only its start is used: shorten it."
+                    f"prompt {text[:60]!r}… has more tokens than the model reads", "Only its start is used: shorten it."
                 )
 
     def _warn(self, what: str, todo: str) -> None:
@@ -225,20 +225,6 @@ def untouched_randomness() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-@contextlib.contextmanager
-def eval_mode(pipeline: Any) -> Iterator[None]:
-    """Each module of the pipeline in eval mode, and back in the mode that it was in."""
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    modes = [(module, module.training) for part in parts for module in part.modules()]
-    try:
-        for part in parts:
-            part.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def no_compiled_code() -> contextlib.AbstractContextManager[Any]:

@@ -20,10 +20,9 @@ from typing import Any
 from everydream.draws import generator
 from everydream.errors import ConfigError
 
-SIZE_STEP = 8  # pixels; what every Stable Diffusion pipeline asks for
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name → class in diffusers, what it needs beside the model's own
     # Both clip by default, which is for pixels, not for latents.
-    "ddim": ("DDIMScheduler", {"clip_sample": False}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # our own, in fact: diffusion/ddim.py
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "lms": ("LMSDiscreteScheduler", {}),
@@ -45,7 +44,10 @@ IGNORED = {"show_progress_bars", "batch_size", "generate_pretrain_samples", "gen
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one prompt is made into pictures, one for each guidance. Sizes in pixels; seed −1: another one each time."""
+    """How one prompt is made into pictures, one for each guidance. Sizes in pixels; seed −1: another one each time.
+
+    size_step: what the model's sizes must divide by; 64 for Stable Diffusion 1 and 2.
+    """
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -55,6 +57,7 @@ class Sampling:
     guidance: tuple[float, ...] = (7.5,)
     steps: int = 30
     scheduler: str = "ddim"
+    size_step: int = 64
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def pictures(samplings: Iterable[Sampling]) -> list[Picture]:
     made = []
     for sampling in samplings:
         seed = secrets.randbelow(2**31) if sampling.seed < 0 else sampling.seed
-        common = {**asdict(sampling), "seed": seed}
+        common = {k: v for k, v in asdict(sampling).items() if k != "size_step"} | {"seed": seed}
         made += [Picture(**{**common, "guidance": guidance}) for guidance in sampling.guidance]
     return made
 
@@ -168,9 +171,16 @@ def _text(key: str) -> Callable[[Any, Sampling], dict[str, Any]]:
     return read
 
 
-def _whole(key: str, low: int, step: int = 1) -> Callable[[Any, Sampling], dict[str, Any]]:
+def _whole(key: str, low: int) -> Callable[[Any, Sampling], dict[str, Any]]:
     def read(value: Any, defaults: Sampling) -> dict[str, Any]:
-        return {key: _whole_number(value, low, step)}
+        return {key: _whole_number(value, low)}
+
+    return read
+
+
+def _side(key: str) -> Callable[[Any, Sampling], dict[str, Any]]:
+    def read(value: Any, defaults: Sampling) -> dict[str, Any]:
+        return {key: _whole_number(value, defaults.size_step, defaults.size_step)}
 
     return read
 
@@ -188,7 +198,7 @@ def _size(value: Any, defaults: Sampling) -> dict[str, Any]:
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise ValueError("must be one side, or [width, height]")
-    width, height = (_whole_number(side, SIZE_STEP, SIZE_STEP) for side in sides)
+    width, height = (_whole_number(side, defaults.size_step, defaults.size_step) for side in sides)
     return {"width": width, "height": height}
 
 
@@ -198,7 +208,8 @@ def _aspect_ratio(value: Any, defaults: Sampling) -> dict[str, Any]:
     if not 0.1 <= root <= 10:
         raise ValueError("must be between 0.01 and 100")
     side = math.sqrt(defaults.width * defaults.height)
-    width, height = (max(1, round(s / SIZE_STEP)) * SIZE_STEP for s in (side * root, side / root))
+    step = defaults.size_step
+    width, height = (max(1, round(s / step)) * step for s in (side * root, side / root))
     return {"width": width, "height": height}
 
 
@@ -220,8 +231,8 @@ READERS: dict[str, Callable[[Any, Sampling], dict[str, Any]]] = {
     "negative_prompt": _text("negative_prompt"),
     "seed": _whole("seed", -1),
     "size": _size,
-    "width": _whole("width", SIZE_STEP, SIZE_STEP),
-    "height": _whole("height", SIZE_STEP, SIZE_STEP),
+    "width": _side("width"),
+    "height": _side("height"),
     "aspect_ratio": _aspect_ratio,
     "guidance": _guidance,
     "steps": _whole("steps", 1),
