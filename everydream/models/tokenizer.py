@@ -6,6 +6,7 @@ Byte-pair encoding as in Radford et al. 2021, https://github.com/openai/CLIP (si
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,17 @@ def read_tokenizer(folder: Path) -> TokenizerFiles:
             raise ConfigError(f"base_model: the vocabulary in {folder} has no {mark}: it is not CLIP's kind")
     added = {word: index for word, index in added.items() if word not in vocabulary}
     return TokenizerFiles(vocabulary, tuple(merges), _pad_token(folder), added or None, _length(folder))
+
+
+def clip_tokenizer(pad: str = END) -> TokenizerFiles:
+    """OpenAI's own, which every published Stable Diffusion 1 and 2 has: its vocabulary follows from its merges."""
+    packed = Path(__file__).with_name("published") / "clip_merges.txt.gz"
+    merges = gzip.decompress(packed.read_bytes()).decode().splitlines()
+    # Byte-level encoding writes the printable bytes as themselves and the others as characters from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    return TokenizerFiles({token: i for i, token in enumerate([*tokens, START, END])}, tuple(merges), pad)
 
 
 def _pad_token(folder: Path) -> str:

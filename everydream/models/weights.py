@@ -49,6 +49,8 @@ OPENCLIP_LAYER = {
     "mlp.fc1.": "mlp.c_fc.",
     "mlp.fc2.": "mlp.c_proj.",
 }
+# Some Stable Diffusion 1 files were written without the text_model level.
+OLD_CLIP = ("embeddings.", "encoder.", "final_layer_norm.")
 # Names inside the folder's VAE attention before diffusers 0.18: Stable Diffusion 1.5 was published with them.
 OLD_VAE_ATTENTION = {"query.": "to_q.", "key.": "to_k.", "value.": "to_v.", "proj_attn.": "to_out.0."}
 # Tensors of published files that are no weights of the parts: derived numbers, and CLIP's head for pictures.
@@ -106,6 +108,8 @@ def to_published(part: str, config: Config, originals: Iterable[str]) -> list[Mo
     sources: dict[str, list[str]] = {}
     for published, original in table.items():
         sources.setdefault(original, []).append(published)
+    if part == "text_encoder" and not is_openclip(config):
+        sources |= {root(part, config) + old: [f"text_model.{old}"] for old in OLD_CLIP}
     moves = []
     for name in originals:
         if (
