@@ -1,4 +1,4 @@
-"""Picture files: complete or not, how large, and their pixels for one crop.
+"""Picture files: the pixels of one crop at one size.
 
     file → (draft) → stored pixels → flat (alpha on a colour) → crop and resize in one pass → upright → uint8 HWC
 
@@ -50,7 +50,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow's own limit warns at 89 and stops at 179 megapixels wherever they come from; ours is a setting, checked below.
+# Pillow's own limit warns at 89 and stops at 179 megapixels wherever they come from; ours is a setting (verify.py).
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -75,11 +75,10 @@ def _stored_box(box: Sequence[float], orientation: int, upright: Size) -> tuple[
     """The box of the stored picture that becomes `box` once the picture is upright."""
     x0, y0, x1, y1 = box
     width, height = upright
-    left_right, top_bottom = (width - x1, y0, width - x0, y1), (x0, height - y1, x1, height - y0)
     if orientation in (2, 3, 6, 7):
-        x0, x1 = left_right[0], left_right[2]
+        x0, x1 = width - x1, width - x0
     if orientation in (3, 4, 7, 8):
-        y0, y1 = top_bottom[1], top_bottom[3]
+        y0, y1 = height - y1, height - y0
     return (y0, x0, y1, x1) if orientation >= 5 else (x0, y0, x1, y1)
 
 
@@ -124,7 +123,8 @@ def _read(
         scaled = [min(float(stored[axis % 2]), value * ratio[axis % 2]) for axis, value in enumerate(crop)]
         box = _stored_box(scaled, orientation, stored)
         target = size if orientation < 5 else (size[1], size[0])
-        small = pixels.resize(target, resample, box, reducing_gap=3.0)
+        # Large pictures are first reduced by whole factors, which shows nowhere (Pillow's manual); masks stay exact.
+        small = pixels.resize(target, resample, box, reducing_gap=3.0 if same_size else None)
         return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
     except Unfit:
         raise
@@ -144,7 +144,7 @@ def _load(picture: Image.Image, crop: Box, size: Size) -> int:
     return shrink
 
 
-_STRIP = 256  # rows converted at once, so that a conversion costs no second copy of the picture
+_STRIP_PIXELS = 1 << 17  # converted at once, so that a conversion costs no copy of the picture but its result
 _TO_8_BITS = [round(value / 257) for value in range(1 << 16)]
 
 
@@ -166,8 +166,10 @@ def _in_strips(
     convert: Callable[[Image.Image], Image.Image],
     background: tuple[int, int, int] | None,
 ) -> Image.Image:
-    flat = Image.new(mode, picture.size, background or 0)
-    for top in range(0, picture.size[1], _STRIP):
-        strip = convert(picture.crop((0, top, picture.size[0], min(picture.size[1], top + _STRIP))))
-        flat.paste(strip, (0, top), strip if background else None)
-    return flat
+    width, height = picture.size
+    rows = max(1, _STRIP_PIXELS // width)
+    result = Image.new(mode, picture.size, background or 0)
+    for top in range(0, height, rows):
+        strip = convert(picture.crop((0, top, width, min(height, top + rows))))
+        result.paste(strip, (0, top), strip if background else None)
+    return result
