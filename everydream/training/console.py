@@ -51,6 +51,7 @@ class Console:
 
     def start(self, progress: Progress) -> None:
         self._progress = progress
+        progress.begin(time.monotonic())
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Once an update; costs a few µs unless it is time to draw."""

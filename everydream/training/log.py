@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everydream.training import jsonl
-from everydream.training.worker import Background
 from everydream.training.console import Advance, Console
 from everydream.training.progress import Progress
+from everydream.training.worker import Background
 
 if TYPE_CHECKING:
     from everydream.training.trackers import TensorBoard, WandB
@@ -34,7 +34,9 @@ class NullLog:
 
     def __init__(self) -> None:
         self.step = 0
-        self.latest: dict[str, float] = {}
+        self.folder: Path | None = None
+        self.latest: dict[str, float] = {}  # metric → its newest value
+        self.steps: dict[str, int] = {}  # metric → the step of that value
 
     def start(self, step: int, max_steps: int, max_epochs: int | None = None, memory_total: int | None = None) -> None:
         """Training begins, or goes on, at `step`."""
@@ -47,6 +49,7 @@ class NullLog:
         """A line of metrics.jsonl, and what the trackers get."""
         self.step = step
         self.latest.update(values)
+        self.steps.update(dict.fromkeys(values, step))
 
     def progress(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Once an update; cheap. `values` as for metrics, those that are known."""
@@ -87,7 +90,8 @@ class RunLog(NullLog):
         resumed_step: int | None = None,
     ) -> None:
         super().__init__()
-        self.folder, self.console = folder, console
+        self.folder: Path = folder
+        self.console = console
         self.step = resumed_step or 0
         self._files = {name: jsonl.JsonLines(folder / name) for name in (EVENTS, METRICS, SCHEDULE)}
         self._lock = threading.RLock()  # trackers report their failures from a thread of their own

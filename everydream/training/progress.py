@@ -22,8 +22,14 @@ class Progress:
     memory_total_bytes: int | None = None
     values: dict[str, float] = field(default_factory=dict)
     smoothed_loss: float | None = None
+    data_wait_share: float | None = None
     _loss_step: int = -1
+    _told: float = 0.0
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS))
+
+    def begin(self, now: float) -> None:
+        self._told = now
+        self._times.append((self.step, now))
 
     def update(self, step: int, values: Mapping[str, float], now: float) -> None:
         """`now` in seconds, of any clock that only goes forward."""
@@ -31,6 +37,9 @@ class Progress:
         if not self._times or self._times[-1][0] != step:
             self._times.append((step, now))
         self.values.update(values)
+        if "data_wait_s" in values:  # seconds since the last time they were told
+            since, self._told = now - self._told, now
+            self.data_wait_share = min(1.0, values["data_wait_s"] / since) if since > 0 else None
         loss = values.get("loss")
         if loss is not None and math.isfinite(loss) and step != self._loss_step:
             old = loss if self.smoothed_loss is None else self.smoothed_loss
@@ -89,10 +98,7 @@ def _memory(p: Progress) -> str:
 
 
 def _data_wait(p: Progress) -> str:
-    rate = p.steps_per_second()
-    if rate is None or "data_wait_s" not in p.values:
-        return ""
-    return f"data wait {min(1.0, p.values['data_wait_s'] * rate):.0%}"
+    return "" if p.data_wait_share is None else f"data wait {p.data_wait_share:.0%}"
 
 
 FIELDS = (_step, _epoch, _loss, _time_left, _speed, _learning_rates, _memory, _data_wait)
