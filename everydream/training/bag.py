@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from everydream.errors import CheckpointError
-from everydream.models.family import Family
+from everydream.models.family import Family, read_facts
 from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.writing import single_file
 from everydream.optim.ema import EMA, NoEMA
 from everydream.training import optimizer_state
 from everydream.training.checkpoint import find_latest
@@ -109,12 +110,6 @@ def read_state(checkpoint: Path) -> TrainState:
     return TrainState.from_json((checkpoint / STATE).read_bytes(), checkpoint / STATE)
 
 
-def take_state(state: TrainState, saved: TrainState) -> None:
-    """`saved` into the object that the run holds already."""
-    for field in fields(TrainState):
-        setattr(state, field.name, getattr(saved, field.name))
-
-
 @torch.no_grad()
 def put(tensors: Mapping[str, Tensor], named: Mapping[str, Parameter]) -> None:
     """In place, so that optimizers and compiled graphs keep their tensors. Raises CheckpointError."""
@@ -124,6 +119,20 @@ def put(tensors: Mapping[str, Tensor], named: Mapping[str, Parameter]) -> None:
                 f"{name} is not in the checkpoint as this model has it; resume with the same settings"
             )
         parameter.copy_(tensors[name])
+
+
+def export(checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str) -> Content:
+    """A checkpoint as one file in the original layout, with the averaged weights where there are any."""
+    average = read_tensors(checkpoint / EMA_FILE) if (checkpoint / EMA_FILE).is_file() else {}
+    made = single_file(
+        read_facts(str(checkpoint / MODEL)),
+        dtype=dtype,
+        title=title,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        metadata={"everydream.recipe": recipe},
+        replaced=average,
+    )
+    return as_content(made)
 
 
 def as_content(content: FileContent) -> Content:

@@ -28,7 +28,7 @@ from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
 from everydream.runtime import StopRequest
 from everydream.training import feed
-from everydream.training.bag import Bag
+from everydream.training.bag import Bag, export
 from everydream.training.checkpoint import folders, name_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
@@ -41,7 +41,9 @@ from everydream.training.profile import make_profile
 from everydream.training.prompts import Sampling
 from everydream.training.quiet import quiet_libraries
 from everydream.training.resuming import begin_run
+from everydream.training.sampling import Parts
 from everydream.training.saver import Exports, Saver
+from everydream.training.schedule import NoSchedule, Schedule
 from everydream.training.trainer import train
 from everydream.training.turns import Part, Trainer
 from everydream.training.update import Update
@@ -90,6 +92,7 @@ class Build:
         self.folder: Path | None = None
         self.loader: Loader | None = None
         self.saver: Saver | None = None
+        self._held = prepared.old_run  # its lock is ours until the end
 
     def run(self) -> int:
         """Returns the signal that ended the run, 0 for none."""
@@ -109,6 +112,8 @@ class Build:
         if self.loader is not None:
             self.loader.close()
         self.log.close(code, reason)
+        if self._held is not None:
+            self._held.lock.release()
 
     def trainer(self) -> Trainer:
         prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
@@ -140,7 +145,7 @@ class Build:
         self.state = start.state
         self.state.processes, self.state.threads = ranks.count, torch.get_num_threads()
         self.folder, self._held = begin_run(
-            start, prepared.old_run, prepared.record, settings.logdir, settings.project_name, ranks
+            start, self._held, prepared.record, settings.logdir, settings.project_name, ranks
         )
         self._open_log()
         # 9. Caches, optimizers, average; the checkpoint's state into them.
@@ -169,7 +174,6 @@ class Build:
             prepared.notes += bag.restore(start.checkpoint, weights=False, changed=settings.resume_changed)
         self._say_notes()
         # 10. The loop.
-        chosen = prepared.resolved.validation
         denoiser = prepared.accelerator.prepare(self.family.denoiser).train()
         stream = feed.Stream(tuple(self.sets), prepared.accumulation, ranks.rank, ranks.count)
         items = feed.Items(stream, self.state.step, prepared.clock.total_steps)
@@ -198,6 +202,7 @@ class Build:
             prior_loss_weight=settings.prior_loss_weight,
             clip_norm=settings.clip_grad_norm,
             seed=settings.seed,
+            schedule=Schedule(ranks) if settings.write_schedule else NoSchedule(),
         )
         trainer = Trainer(
             state=self.state,
@@ -213,13 +218,8 @@ class Build:
             validation=make_validation(inputs, update, prepared),
             denoiser=denoiser,
             report_due=self._due(settings.log_step),
-            preview_due=self._due(settings.sample_steps, at_start=True, at_end=True),
-            validation_due=self._due(
-                chosen.every_n_steps if chosen else None,
-                chosen and int(chosen.every_n_epochs),
-                at_start=True,
-                at_end=True,
-            ),
+            preview_due=self._due(settings.sample_steps, at_ends=True),
+            validation_due=self._validation_due(),
             save_due=self._due(settings.save_every_n_steps, settings.save_every_n_epochs),
             save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
             profile=make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type),
@@ -242,9 +242,8 @@ class Build:
             trackers=trackers,
             resumed_step=start.state.step if start.checkpoint else None,
         )
-        self.log.event(
-            "start" if start.checkpoint is None else "resume", f"run folder: {self.folder}", step=start.state.step
-        )
+        kind = "start" if start.checkpoint is None else "resume"
+        self.log.event(kind, f"run folder: {self.folder}", from_step=start.state.step)
 
     def _part(self, name: str) -> Part:
         chosen = self.prepared.resolved.optimizers[name]
@@ -274,11 +273,14 @@ class Build:
         named = {f"{part}.{name}": p for part, parameters in trained.items() for name, p in parameters.items()}
         return EMA(named, settings.ema_decay_rate, settings.ema_update_interval, settings.ema_device)
 
-    def _due(
-        self, steps: int | None = None, epochs: int | None = None, *, at_start: bool = False, at_end: bool = False
-    ) -> Due:
+    def _due(self, steps: int | None = None, epochs: float | None = None, *, at_ends: bool = False) -> Due:
+        # A checkpoint is the end of its turn: what was due on its step has been done.
         last = self.state.step if self.prepared.start.checkpoint else -1
-        return Due(self.prepared.clock, steps, epochs, at_start=at_start, at_end=at_end, last=last)
+        return Due(self.prepared.clock, steps, epochs, at_start=at_ends, at_end=at_ends, last=last)
+
+    def _validation_due(self) -> Due:
+        chosen = self.prepared.resolved.validation
+        return self._due(chosen.every_n_steps, chosen.every_n_epochs, at_ends=True) if chosen else self._due()
 
     def _previews(self) -> NoPreviews:
         prepared, settings = self.prepared, self.settings
@@ -289,10 +291,15 @@ class Build:
         return Previews(
             settings.sample_prompts,
             self.folder,
-            self.family.pipeline,
+            lambda: Parts.of(self.family, settings.max_caption_chunks),
             self.log,
             self.ranks,
-            defaults=Sampling(seed=settings.seed, width=width, height=height),
+            defaults=Sampling(
+                seed=settings.seed,
+                width=width,
+                height=height,
+                size_step=prepared.facts.vae_factor * prepared.facts.unet_factor,
+            ),
             captions=[sample.caption for sample in prepared.subject.samples],
             autocast=prepared.accelerator.autocast,
             stop=lambda: self.stop.signum,
@@ -303,12 +310,14 @@ class Build:
         settings = self.settings
         if not settings.save_single_file:
             return {}
+        target = self.exports / f"{settings.project_name}-{name_of(step)}.safetensors"
+        recipe = json.dumps(for_others(self.prepared.record), ensure_ascii=False)
+        return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe)}
+
+    @property
+    def exports(self) -> Path:
         assert self.folder is not None
-        target = (
-            settings.save_ckpt_dir or self.folder / "exports"
-        ) / f"{settings.project_name}-{name_of(step)}.safetensors"
-        recipe = json.dumps(for_others(self.prepared.record))
-        return {}
+        return self.settings.save_ckpt_dir or self.folder / "exports"
 
     # What a person reads
 
@@ -329,9 +338,7 @@ class Build:
         assert self.folder is not None
         grid = trainer.previews.before_after() if not signum else None
         newest = next(iter(folders(self.folder / "checkpoints")), None)
-        exports = sorted(
-            (self.settings.save_ckpt_dir or self.folder / "exports").glob(f"*{newest.name if newest else ''}*")
-        )
+        exports = sorted(self.exports.glob(f"*{newest.name if newest else ''}*"))
         rows = {"checkpoint": newest, "single file": exports[-1] if exports else None, "before and after": grid,
                 "report": self.folder / "report.html"}  # fmt: skip
         self.console.close()

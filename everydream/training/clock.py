@@ -32,11 +32,11 @@ class Clock:
         epoch = self.plan.epoch_of(done - 1)
         return epoch + int(self.plan.micro_batches(epoch + 1) <= done)
 
-    def ends_epoch(self, step: int, every: int) -> bool:
-        """Whether an epoch whose number is a multiple of `every` ends with the update before this border."""
+    def ends_epoch(self, step: int, every: float) -> bool:
+        """Whether a multiple of `every` epochs ends with the update before this border."""
         return step > 0 and self.epochs_ended(step) // every > self.epochs_ended(step - 1) // every
 
-    def steps_of_epoch_ends(self, every: int) -> list[int]:
+    def steps_of_epoch_ends(self, every: float) -> list[int]:
         return [step for step in range(1, self.total_steps + 1) if self.ends_epoch(step, every)]
 
 
@@ -46,7 +46,7 @@ class Due:
 
     clock: Clock
     every_steps: int | None = None
-    every_epochs: int | None = None
+    every_epochs: float | None = None
     at_start: bool = False
     at_end: bool = False
     last: int = -1  # the step it was last done on, or the checkpoint's that the run was resumed from

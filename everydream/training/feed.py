@@ -19,7 +19,7 @@ from everydream.runtime import Ranks
 
 @dataclass(frozen=True)
 class Stream:
-    """Which micro-batches this process takes: of update u those from u·G·P + r·G on, G of them, of each kind in turn."""
+    """This process's micro-batches: of update u the G from u·G·P + r·G on, of each kind in turn."""
 
     kinds: tuple[str, ...]  # ("subject",) or ("subject", "class")
     accumulation: int

@@ -16,7 +16,7 @@ from everydream.diffusion.noise import EmbeddingPerturbation, NoiseSampler
 from everydream.training.feed import cache_latents, cache_texts
 from everydream.training.prior import generate_missing
 from everydream.training.prompts import Picture
-from everydream.training.sampling import sample
+from everydream.training.sampling import Parts, sample
 from everydream.training.validation import FixedPlan, NoValidation, Validation, still
 
 if TYPE_CHECKING:
@@ -40,17 +40,18 @@ def make_class_pictures(prepared: Prepared, family: Family) -> None:
         return
     assert folder is not None, "class_data_root"
     width, height = nearest(1, 1, prepared.gate.sizes)
-    pipeline = None
+    parts: Parts | None = None
 
     def generate(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Sequence[Image]:
-        nonlocal pipeline
-        pipeline = pipeline or family.pipeline()
+        nonlocal parts
+        parts = parts or Parts.of(family, settings.max_caption_chunks)
         pictures = [
             Picture(p, "", g.initial_seed(), width, height, CLASS_GUIDANCE, CLASS_STEPS, CLASS_SCHEDULER)
             for p, g in zip(prompts, generators, strict=True)
         ]
-        return sample(pipeline, pictures, autocast=prepared.accelerator.autocast)
+        return sample(parts, pictures, autocast=prepared.accelerator.autocast)
 
+    parts = Parts.of(family)
     with prepared.console.task("making class pictures", wanted) as advance:
         made = generate_missing(
             folder,

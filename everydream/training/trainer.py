@@ -1,4 +1,4 @@
-"""The loop: one page, a list of verbs. Construction is in build.py, an update's steps in update.py, a turn's in turns.py."""
+"""The loop: one page, a list of verbs. build.py makes it, update.py has an update's steps, turns.py a turn's."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everydream.training.bag import Bag
     from everydream.training.clock import Clock, Due
     from everydream.training.log import NullLog
+    from everydream.training.previews import NoPreviews
     from everydream.training.state import TrainState
     from everydream.training.update import Update, Verdict
 
@@ -58,7 +59,7 @@ class Trainer:
     log: NullLog
     saver: Saver
     bag: Bag
-    previews: Callable[[int], object]
+    previews: NoPreviews
     validation: Callable[[int], Mapping[str, float]]
     denoiser: torch.nn.Module
     report_due: Due
@@ -165,6 +166,7 @@ class Trainer:
             state.prior_count += pictures * update.has_class
             shown["loss"] = verdict.loss_sum / pictures
         self.verdict = verdict
+        update.schedule.tell(self.log)
         self.stop(verdict)
         self.save_is_due = verdict.save_is_due
         self.log.progress(state.step, shown | {"epoch": state.epoch, "images_seen": state.images_seen})
@@ -185,13 +187,12 @@ class Trainer:
         state, names = self.state, self.update.suspects()
         state.skipped_steps.append(state.step)
         self.update.lower_loss_scale()
-        losses = (verdict.loss_sum, verdict.prior_sum)
+        kind = "gradient" if all(map(math.isfinite, (verdict.loss_sum, verdict.prior_sum))) else "loss"
         self.log.event(
             "skipped",
-            f"step {state.step}: the {'gradient' if all(map(math.isfinite, losses)) else 'loss'} is not finite, so this "
-            f"update was left out. Pictures: {', '.join(names)}",
+            f"step {state.step}: the {kind} is not finite, so this update was left out. Pictures: {', '.join(names)}",
             level="warning",
-            todo="Look at these pictures and captions. If it happens again with others, lower lr or set clip_grad_norm.",
+            todo="Look at these pictures and captions. If it happens with others too, lower lr or set clip_grad_norm.",
             samples=names,
         )
         if self._skips_in_a_row() >= SKIPS_BEFORE_ROLL_BACK and not self.update.may_lower_loss_scale:
@@ -214,8 +215,8 @@ class Trainer:
         if step is None:
             raise DivergedError(f"step {state.step}: diverged, and there is no checkpoint to go back to. {advice}")
         state.rollbacks.append([state.step, step])
-        message = f"step {state.step}: {SKIPS_BEFORE_ROLL_BACK} updates in a row were not finite; the weights are now those of"
-        self.log.event("rolled_back", f"{message} step {step}", "warning", todo=advice + ".", to=step)
+        message = f"step {state.step}: {SKIPS_BEFORE_ROLL_BACK} updates in a row were not finite: back to step {step}"
+        self.log.event("rolled_back", f"{message}'s weights", "warning", todo=advice + ".", to=step)
 
     # Helpers
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from everydream.models.family import Family
     from everydream.runtime import Ranks, StopRequest
     from everydream.training.feed import Stream
+    from everydream.training.schedule import NoSchedule
 
 SIGNALS = (2, 15)  # SIGINT, SIGTERM: the same numbers everywhere
 
@@ -73,6 +74,7 @@ class Update:
         prior_loss_weight: float,
         clip_norm: float | None,
         seed: int,
+        schedule: NoSchedule,
     ) -> None:
         self.accelerator, self.ranks, self.stop = accelerator, ranks, stop
         self.denoiser, self.family, self.objective = denoiser, family, objective
@@ -81,10 +83,12 @@ class Update:
         self.pictures = batch_size * stream.accumulation  # of one kind, on this process
         self.has_class = "class" in stream.kinds
         self.prior_loss_weight = prior_loss_weight
+        self.schedule = schedule
         self.flags: Callable[[], tuple[bool, int]] = lambda: (False, 0)
         self.data_wait_s = 0.0
         self._seen: list[tuple[Batch, torch.Tensor]] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        self._indices = range(0)
         self._abandoned = False
 
     def begin(self, step: int) -> None:
@@ -95,11 +99,13 @@ class Update:
         self._seen.clear()
         self._sums.zero_()
         self._abandoned = False
+        self._indices = self.stream.indices(step)
+        self.schedule.begin(step)
 
     def micro_batches(self) -> Iterator[tuple[Batch, bool]]:
         """This process's micro-batches of the update, subject and class in turn; True with the last."""
-        total = self.stream.accumulation * len(self.stream.kinds)
-        for i in range(total):
+        items = [(index, kind) for index in self._indices for kind in self.stream.kinds]
+        for index, kind in items:
             # Several processes must agree before one may leave, which costs a message: they do so once an update.
             if self.stop.signum and self.ranks.count == 1:
                 self._abandoned = True
@@ -107,7 +113,8 @@ class Update:
             began = time.perf_counter()
             batch = next(self.batches)
             self.data_wait_s += time.perf_counter() - began
-            yield batch.to(self.ranks.device), i == total - 1
+            self.schedule.see(index, batch)
+            yield batch.to(self.ranks.device), (index, kind) == items[-1]
 
     def gradients_stay_local(self, unless: bool) -> contextlib.AbstractContextManager[Any]:
         """Processes exchange gradients once an update, with its last micro-batch."""
@@ -123,6 +130,7 @@ class Update:
     def example_losses(self, batch: Batch) -> torch.Tensor:
         """pixels_u8 → raw latents (mean, std) → latents → noisy latents → prediction → loss_B."""
         if batch.moments_BMCHW is None:
+            assert batch.pixels_BCHW is not None
             mean_BCHW, std_BCHW = self.family.encode_pixels(batch.pixels_BCHW)
         else:
             mean_BCHW, std_BCHW = batch.moments_BMCHW.unbind(1)
