@@ -114,17 +114,6 @@ def area_mean(loss_BCHW: Tensor, mask_B1HW: Tensor | None) -> Tensor:
     return (loss_BCHW * mask_B1HW.float()).sum(dim=(1, 2, 3)) / (area_B * loss_BCHW.shape[1])
 
 
-def update_loss(loss_B: Tensor, weights_B: Tensor, total: int, factor: float = 1.0) -> Tensor:
-    """A micro-batch's share of the update's loss, factor · Σ wᵢlᵢ / total: the shares of all micro-batches and
-    processes add up to the update's loss, and their gradients to its gradient.
-
-    `total`: pictures of this kind (subject or class) in the whole update, over all processes and accumulation.
-    `factor`: prior_loss_weight for class pictures, 1 for others; times the number of processes where gradients are
-    averaged over processes (DistributedDataParallel) and not added.
-    """
-    return (loss_B * weights_B.float()).sum() * (factor / total)
-
-
 def problems(prediction: str, zero_terminal_snr: bool, start: int, end: int, num_train_timesteps: int) -> list[str]:
     """What makes these settings meaningless together, each with what to do; empty where all is well."""
     found = []
