@@ -9,7 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ Progress = Callable[[int, int], None]  # (done, total); an exception raised in i
 Checked = PictureFacts | Unfit
 
 _VERSION = 1  # of what verify() checks
+_ROW = 2 + len(fields(PictureFacts))
 _SAVE_EVERY = 2000  # pictures: a crash loses no more work than that
 
 
@@ -117,11 +118,11 @@ class _Memory:
 
     def known(self, path: Path, stamp: _Stamp | None, max_megapixels: float) -> Checked | None:
         row = self._of(path.parent).get(path.name)
-        if row is None or stamp is None or row[:2] != [stamp.size, stamp.mtime_ns]:
+        if stamp is None or not isinstance(row, list) or len(row) != _ROW or row[:2] != [stamp.size, stamp.mtime_ns]:
             return None
         facts = PictureFacts(*row[2:])
         try:
-            refuse_size((facts.width, facts.height), facts.format, max_megapixels)
+            refuse_size(path, (facts.width, facts.height), facts.format, max_megapixels)
         except Unfit as error:
             return error
         return facts

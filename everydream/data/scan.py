@@ -151,8 +151,8 @@ def _notes_of(root: Root, findings: Findings) -> list[str]:
     """Where the captions of one root come from."""
     sources = Counter(found.source for found in findings.pictures)
     notes = []
-    if root.default_caption is not None and findings.pictures and not sources["default"]:
-        notes.append(f"{root.name}: the prompt for pictures without captions is without effect: every picture has one")
+    if root.name.startswith("subject") and root.default_caption and findings.pictures and not sources["default"]:
+        notes.append(f"instance_prompt is without effect: every picture in {shown(root.path)} has a caption")
     named = [found for found in findings.pictures if found.source == "name"]
     if named and len(named) < len(findings.pictures):
         title = (

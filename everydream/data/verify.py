@@ -36,6 +36,10 @@ class PictureFacts:
     peak: int = 255  # the brightest value of a mask
 
 
+def is_mask(path: Path) -> bool:
+    return path.name.lower().endswith(MASK)
+
+
 def digest_of(path: Path) -> str:
     """blake2b of the bytes, 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
@@ -53,12 +57,12 @@ def verify(path: Path, max_megapixels: float = 100.0) -> PictureFacts:
     if not status.st_size:
         raise Unfit("the file is empty (0 bytes)", _DAMAGED)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _refuse_webp_bomb(data, max_megapixels)
+        _refuse_webp_bomb(path, data, max_megapixels)
         size, kind, peak = _decode(path, max_megapixels, data)
     return PictureFacts(*size, kind, digest_of(path), peak)
 
 
-def refuse_size(size: Size, kind: str, max_megapixels: float) -> None:
+def refuse_size(path: Path, size: Size, kind: str, max_megapixels: float) -> None:
     """Raises Unfit where a picture of this size costs more memory than allowed, or is too small to train on."""
     width, height = size
     cost = COST.get(kind, 1)
@@ -71,7 +75,7 @@ def refuse_size(size: Size, kind: str, max_megapixels: float) -> None:
             f"{width}×{height} pixels: over {allowed:g} megapixels{note}",
             "make it smaller or raise max_image_megapixels",
         )
-    if min(size) < MIN_SIDE:
+    if min(size) < MIN_SIDE and not is_mask(path):
         raise Unfit(f"{width}×{height} pixels: a side is under {MIN_SIDE}", "replace or remove it")
 
 
@@ -79,7 +83,7 @@ def _decode(path: Path, max_megapixels: float, data: mmap.mmap) -> tuple[Size, s
     try:
         with Image.open(path, formats=FORMATS) as picture:
             kind = picture.format or "?"
-            refuse_size(picture.size, kind, max_megapixels)
+            refuse_size(path, picture.size, kind, max_megapixels)
             _refuse_kind(picture, kind)
             if complete := _COMPLETE.get(kind):
                 complete(data)
@@ -91,7 +95,7 @@ def _decode(path: Path, max_megapixels: float, data: mmap.mmap) -> tuple[Size, s
             turned = orientation_of(picture) >= 5
             # Pillow itself turns TIFF upright.
             upright = picture.size if kind == "TIFF" else (stored[1], stored[0]) if turned else stored
-            peak = _peak(picture) if path.name.lower().endswith(MASK) else 255
+            peak = _peak(picture) if is_mask(path) else 255
             return upright, kind, peak
     except Unfit:
         raise
@@ -116,7 +120,7 @@ def _refuse_kind(picture: Image.Image, kind: str) -> None:
         raise Unfit(f"pixels of mode {picture.mode} have no defined range", _REPLACE)
 
 
-def _refuse_webp_bomb(data: mmap.mmap, max_megapixels: float) -> None:
+def _refuse_webp_bomb(path: Path, data: mmap.mmap, max_megapixels: float) -> None:
     """Opening a WebP with Pillow already allocates its canvas, so the size is read here first."""
     head = bytes(data[:30])
     if len(head) < 30 or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
@@ -128,7 +132,7 @@ def _refuse_webp_bomb(data: mmap.mmap, max_megapixels: float) -> None:
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     else:
         width, height = (value & 0x3FFF for value in struct.unpack("<HH", head[26:30]))
-    refuse_size((width, height), "WEBP", max_megapixels)
+    refuse_size(path, (width, height), "WEBP", max_megapixels)
 
 
 # --- complete to the last byte? Decoders accept a file that lacks only its end. ---
