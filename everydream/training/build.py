@@ -46,7 +46,7 @@ from everydream.training.saver import Exports, Saver
 from everydream.training.schedule import NoSchedule, Schedule
 from everydream.training.trainer import train
 from everydream.training.turns import Part, Trainer
-from everydream.training.update import Update
+from everydream.training.update import FusedUpdate, Update
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -187,7 +187,8 @@ class Build:
             keep_last=settings.keep_last,
             last=start.checkpoint,
         )
-        update = Update(
+        profile = make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type)
+        update = (FusedUpdate if settings.fused_backward else Update)(
             accelerator=prepared.accelerator,
             ranks=ranks,
             stop=self.stop,
@@ -203,6 +204,7 @@ class Build:
             clip_norm=settings.clip_grad_norm,
             seed=settings.seed,
             schedule=Schedule(ranks) if settings.write_schedule else NoSchedule(),
+            profile=profile,
         )
         trainer = Trainer(
             state=self.state,
@@ -216,15 +218,17 @@ class Build:
             bag=bag,
             previews=self._previews(),
             validation=make_validation(inputs, update, prepared),
+            plugins=prepared.plugins,
             denoiser=denoiser,
             report_due=self._due(settings.log_step),
             preview_due=self._due(settings.sample_steps, at_ends=True),
             validation_due=self._validation_due(),
             save_due=self._due(settings.save_every_n_steps, settings.save_every_n_epochs),
             save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
-            profile=make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type),
+            profile=profile,
         )
         self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs)
+        prepared.plugins.after_build(trainer)
         return trainer
 
     def _open_log(self) -> None:

@@ -30,6 +30,7 @@ from everydream.runtime import Ranks, StopRequest, make_accelerator
 from everydream.training.clock import Clock
 from everydream.training.console import Console
 from everydream.training.pictures import Gate, PictureSet, total_updates
+from everydream.training.plugins import Plugins
 from everydream.training.resuming import check_data, check_settings, find_start
 from everydream.training.validation import HELD_OUT, TRAINED, choose, refuse_shared
 from everydream.training.validation import split as hold_out
@@ -105,6 +106,7 @@ class Prepared:
 
     def _optimizers(self) -> None:
         settings = self.settings
+        self.plugins = Plugins(settings.plugins)
         off = {"unet": settings.disable_unet_training, "text_encoder": settings.disable_textenc_training}
         self.parts = [part for part in PARTS if not off[part]]
         for part in self.parts:

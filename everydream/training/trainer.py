@@ -35,6 +35,7 @@ def train(trainer: Trainer) -> int:
             update.apply(verdict)
         trainer.advance(verdict)
         if verdict.is_finite:
-            trainer.ema.update(state.step)
+            trainer.average()
         else:
             trainer.skip(verdict)
+        trainer.plugins.after_step(trainer)

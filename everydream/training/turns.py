@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everydream.training.bag import Bag
     from everydream.training.clock import Clock, Due
     from everydream.training.log import NullLog
+    from everydream.training.plugins import Plugins
     from everydream.training.previews import NoPreviews
     from everydream.training.state import TrainState
     from everydream.training.update import Update, Verdict
@@ -61,6 +62,7 @@ class Trainer:
     bag: Bag
     previews: NoPreviews
     validation: Callable[[int], Mapping[str, float]]
+    plugins: Plugins
     denoiser: torch.nn.Module
     report_due: Due
     preview_due: Due
@@ -136,6 +138,7 @@ class Trainer:
         if is_last:
             on_main(self.ranks, self.saver.require)
         self._report_saves()
+        self.plugins.after_save(self)
 
     def is_over(self) -> bool:
         return bool(self.stop_signal or self._stop_reason) or self.state.step >= self.clock.total_steps
@@ -144,9 +147,14 @@ class Trainer:
         self.saver.join()
         self._report_saves()
         self.profile.close()
+        self.plugins.before_exit(self)
         return self.stop_signal
 
     # After an update
+
+    def average(self) -> None:
+        with self.profile("ema"):
+            self.ema.update(self.state.step)
 
     def set_learning_rates(self) -> None:
         self.lrs = {name: part.set_lr(self.state.step) for name, part in self.parts.items()}
@@ -166,6 +174,7 @@ class Trainer:
             state.prior_count += pictures * update.has_class
             shown["loss"] = verdict.loss_sum / pictures
         self.verdict = verdict
+        self.profile.step()
         update.schedule.tell(self.log)
         self.stop(verdict)
         self.save_is_due = verdict.save_is_due
@@ -195,7 +204,8 @@ class Trainer:
             todo="Look at these pictures and captions. If it happens with others too, lower lr or set clip_grad_norm.",
             samples=names,
         )
-        if self._skips_in_a_row() >= SKIPS_BEFORE_ROLL_BACK and not self.update.may_lower_loss_scale:
+        too_many = self._skips_in_a_row() >= SKIPS_BEFORE_ROLL_BACK and not self.update.may_lower_loss_scale
+        if too_many or self.update.has_torn(verdict):
             self._roll_back()
 
     def _skips_in_a_row(self) -> int:
@@ -215,8 +225,8 @@ class Trainer:
         if step is None:
             raise DivergedError(f"step {state.step}: diverged, and there is no checkpoint to go back to. {advice}")
         state.rollbacks.append([state.step, step])
-        message = f"step {state.step}: {SKIPS_BEFORE_ROLL_BACK} updates in a row were not finite: back to step {step}"
-        self.log.event("rolled_back", f"{message}'s weights", "warning", todo=advice + ".", to=step)
+        message = f"step {state.step}: back to the weights of step {step}, going on with the pictures after this step"
+        self.log.event("rolled_back", message, "warning", todo=advice + ".", to=step)
 
     # Helpers
 

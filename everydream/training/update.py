@@ -19,6 +19,7 @@ import torch
 
 from everydream.draws import torch_seed
 from everydream.optim.clip import part_norms, scale_gradients
+from everydream.optim.fused import FusedBackward
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from everydream.models.family import Family
     from everydream.runtime import Ranks, StopRequest
     from everydream.training.feed import Stream
+    from everydream.training.profile import NoProfile
     from everydream.training.schedule import NoSchedule
 
 SIGNALS = (2, 15)  # SIGINT, SIGTERM: the same numbers everywhere
@@ -75,6 +77,7 @@ class Update:
         clip_norm: float | None,
         seed: int,
         schedule: NoSchedule,
+        profile: NoProfile,
     ) -> None:
         self.accelerator, self.ranks, self.stop = accelerator, ranks, stop
         self.denoiser, self.family, self.objective = denoiser, family, objective
@@ -83,7 +86,7 @@ class Update:
         self.pictures = batch_size * stream.accumulation  # of one kind, on this process
         self.has_class = "class" in stream.kinds
         self.prior_loss_weight = prior_loss_weight
-        self.schedule = schedule
+        self.schedule, self.profile = schedule, profile
         self.flags: Callable[[], tuple[bool, int]] = lambda: (False, 0)
         self.data_wait_s = 0.0
         self._seen: list[tuple[Batch, torch.Tensor]] = []
@@ -111,7 +114,8 @@ class Update:
                 self._abandoned = True
                 return
             began = time.perf_counter()
-            batch = next(self.batches)
+            with self.profile("data wait"):
+                batch = next(self.batches)
             self.data_wait_s += time.perf_counter() - began
             self.schedule.see(index, batch)
             yield batch.to(self.ranks.device), (index, kind) == items[-1]
@@ -122,7 +126,8 @@ class Update:
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """This micro-batch's share of the update's loss. Noise maths in float32, whatever the network computes in."""
-        loss_B = self.example_losses(batch) * batch.weights_B
+        with self.profile("forward"):
+            loss_B = self.example_losses(batch) * batch.weights_B
         self._seen.append((batch, loss_B.detach()))
         self._sums[int(batch.is_class)] += loss_B.detach().sum()
         return loss_B.sum() * ((self.prior_loss_weight if batch.is_class else 1.0) / self.pictures)
@@ -141,12 +146,17 @@ class Update:
         return self.objective.loss(prediction_BCHW, latents_BCHW, batch.noise_BCHW, batch.t_B, batch.mask_B1HW)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self.accelerator.backward(loss)
+        with self.profile("backward"):
+            self.accelerator.backward(loss)
 
     def agree(self) -> Verdict:
         """The one host read of an update: sums, gradient norms, stop and save flags, the same on every process."""
         if self._abandoned:
             return Verdict(stop_signal=self.stop.signum, is_abandoned=True)
+        with self.profile("agree"):
+            return self._agree()
+
+    def _agree(self) -> Verdict:
         if self.accelerator.scaler is not None:
             for optimizer in self.optimizers.values():
                 self.accelerator.scaler.unscale_(optimizer)
@@ -154,7 +164,7 @@ class Update:
         flags = [float(flag) for flag in self.flags()]
         told = torch.tensor([*stops, *flags], dtype=torch.float64, device=self.ranks.device)
         shared = self.ranks.sum(torch.cat([self._sums, told]))
-        norms = part_norms(self.parameters).double()  # equal on all processes: gradients were exchanged
+        norms = self.norms().double()  # equal on all processes: gradients were exchanged
         loss_sum, prior_sum, sigint, sigterm, due, failed, *parts = torch.cat([shared, norms]).tolist()
         return Verdict(
             loss_sum=loss_sum,
@@ -165,8 +175,15 @@ class Update:
             failed_saves=int(failed),
         )
 
+    def norms(self) -> torch.Tensor:
+        return part_norms(self.parameters)
+
     def apply(self, verdict: Verdict) -> None:
         """Clip by the norm over all trained parameters, and step. Only called with finite gradients."""
+        with self.profile("optimizer"):
+            self._apply(verdict)
+
+    def _apply(self, verdict: Verdict) -> None:
         if self.clip_norm is not None and verdict.norm > self.clip_norm:
             scale_gradients(self.parameters, self.clip_norm / verdict.norm)
         scaler = self.accelerator.scaler
@@ -177,6 +194,10 @@ class Update:
                 scaler.step(optimizer)
         if scaler is not None:
             scaler.update()
+
+    def has_torn(self, verdict: Verdict) -> bool:
+        """Whether a part of a non-finite update has reached the weights."""
+        return False
 
     @property
     def may_lower_loss_scale(self) -> bool:
@@ -201,3 +222,32 @@ class Update:
             return all_bad
         mine = [name for batch, _ in self._seen for name in batch.identities]
         return [name for names in self.ranks.gather(mine) for name in names]
+
+
+class FusedUpdate(Update):
+    """`fused_backward`: each parameter is updated as its gradient is ready; there is no moment with all gradients.
+
+    So the loss is read before backward, and a gradient that is not finite leaves the model torn: some parameters have
+    made the step and others not. The trainer then goes back to the last good checkpoint.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.fused = FusedBackward(self.optimizers, self.parameters)
+
+    def begin(self, step: int) -> None:
+        super().begin(step)
+        self.fused.begin()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if math.isfinite(loss.item()):
+            super().backward(loss)
+
+    def norms(self) -> torch.Tensor:
+        return self.fused.norms()
+
+    def _apply(self, verdict: Verdict) -> None:
+        """Done in backward."""
+
+    def has_torn(self, verdict: Verdict) -> bool:
+        return math.isfinite(verdict.loss_sum + verdict.prior_sum)

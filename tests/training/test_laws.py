@@ -49,3 +49,72 @@ def test_six_steps_are_three_and_resume_and_three(
 
 def test_the_mission_rows_are_in_the_table() -> None:
     assert {"adamw", "adamw8bit", "lion"} <= set(ROWS)
+
+
+def test_class_pictures_at_weight_0_change_nothing(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "class", 3, seed=9)
+    adamw = tmp_path / "optimizer.json"
+    adamw.write_text('{"optimizer": "adamw"}')
+    plain = options(tiny_model, pictures, tmp_path / "plain", optimizer_config=adamw, max_steps=3)
+    with_class = options(
+        tiny_model,
+        pictures,
+        tmp_path / "with",
+        optimizer_config=adamw,
+        max_steps=3,
+        class_data_root=tmp_path / "class",
+        class_prompt="a thing",
+        prior_loss_weight=0,
+    )
+    assert start(*plain) == start(*with_class) == 0
+    name = "checkpoints/step-0000000003"
+    assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "with") / name))
+
+
+def test_prior_preservation_trains_as_many_class_as_subject_pictures(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = {"class_data_root": tmp_path / "class", "class_prompt": "a thing", "num_class_images": 3,
+                "max_steps": 4, "write_schedule": True, "prior_loss_weight": 0.5}  # fmt: skip
+    assert start(*options(tiny_model, pictures, tmp_path, **settings)) == 0
+    assert len(list((tmp_path / "class").glob("*.png"))) == 3
+    run = only_run(tmp_path)
+    schedule = lines(run / "schedule.jsonl")
+    assert [line.get("class", False) for line in schedule] == [False, True] * 4
+    last = metrics(run)[-1]
+    assert (last["images_seen"], last["class_images_seen"]) == (8, 8)
+    assert {"loss", "loss_prior"} <= last.keys()
+
+
+def test_validation_and_previews_leave_no_trace(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"steps": 2, "size": [32, 32], "prompts": ["a thing"]}')
+    watch = tmp_path / "validation.json"
+    watch.write_text('{"val_split_mode": "none", "stabilize_training_loss": true, "every_n_epochs": 0, "every_n_steps": 2}')
+    plain = options(tiny_model, pictures, tmp_path / "plain", ema_decay_rate=0.9)
+    watched = options(
+        tiny_model,
+        pictures,
+        tmp_path / "watched",
+        ema_decay_rate=0.9,
+        sample_prompts=prompts,
+        sample_steps=2,
+        validation_config=watch,
+    )
+    assert start(*plain) == start(*watched) == 0
+    seen = metrics(only_run(tmp_path / "watched"))
+    assert [line["step"] for line in seen if "loss_train_fixed" in line] == [0, 2, 4, 6]
+    assert [line for line in seen if "loss" in line] == metrics(only_run(tmp_path / "plain"))
+    name = "checkpoints/step-0000000006"
+    assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "watched") / name))
+    assert (only_run(tmp_path / "watched") / "samples" / "before_after.png").is_file()
+
+
+def test_fused_backward_gives_the_same_weights(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    adamw = tmp_path / "optimizer.json"
+    adamw.write_text('{"optimizer": "adamw"}')
+    plain = options(tiny_model, pictures, tmp_path / "plain", optimizer_config=adamw, max_steps=3)
+    fused = options(tiny_model, pictures, tmp_path / "fused", optimizer_config=adamw, max_steps=3, fused_backward=True)
+    assert start(*plain) == start(*fused) == 0
+    name = "checkpoints/step-0000000003"
+    assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "fused") / name))
