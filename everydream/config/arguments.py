@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,6 @@ def _one(kind: Kind, word: str) -> Any:
         return _BOOLEANS[word]
     if int in kind.types and _INTEGER.fullmatch(word) and len(word) < 300:
         return int(word)
-    if float in kind.types and _NUMBER.fullmatch(word):
+    if float in kind.types and _NUMBER.fullmatch(word) and not isinf(float(word)):
         return float(word)
     return word

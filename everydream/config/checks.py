@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from everydream.config.entries import Entry
-from everydream.config.parts import BASE, PREFIXES
+from everydream.config.parts import BASE, PREFIXES, TEXT_ENCODER
 from everydream.config.rules import CONTRADICTIONS, DEMANDS, PROCESSES, WITHOUT_EFFECT, Values
 from everydream.config.schema import WEIGHT_FILES
 from everydream.config.sources import DEFAULT, LAUNCHER, Report, show
@@ -38,14 +38,18 @@ class _Rules:
         stated = [key for key in keys if self.entries[key].place] or list(keys)
         first, *_ = stated
         second = keys[1] if first == keys[0] else keys[0]
-        self.report.problem(self.entries[first].place or DEFAULT,
-                            f"{self._say(first)} and {self._say(second, first)} contradict: {why}.")  # fmt: skip
+        both = f"{self._say(first)} and {self._say(second, first)}"
+        self.report.problem(self.entries[first].place or DEFAULT, f"{both} contradict: {why}.")
 
     def _say(self, key: str, first: str | None = None) -> str:
         entry = self.entries[key]
         place = entry.place or entry.origin
         other = "" if first is None or place == self.entries[first].place else f" ({place})"
-        return f"{_short(key)} {show(entry.value)}{other}"
+        return f"{self._name(key)} {show(entry.value)}{other}"
+
+    def _name(self, key: str) -> str:
+        """Of the base where the text encoder only inherits, so that one mistake is said once."""
+        return _short(key.replace(TEXT_ENCODER, BASE) if self.entries[key].inherited else key)
 
     def contradictions(self) -> None:
         for keys, when, why in CONTRADICTIONS:
@@ -59,20 +63,21 @@ class _Rules:
 
     def optimizers(self) -> None:
         for prefix in self._trained():
-            name, betas = self.entries[prefix + "optimizer"], self.entries[prefix + "betas"]
+            if prefix + "optimizer" not in self.entries:
+                continue
+            name, betas = self.entries[prefix + "optimizer"], self.entries.get(prefix + "betas")
             row = row_of(name.value)
             assert row is not None
             for key, asks, reason in DEMANDS:
                 asking = prefix + key if prefix + key in self.entries else key
                 against = getattr(row, reason)
                 if asking in self.entries and asks(self.values[asking]) and against:
-                    self._problem(
-                        (asking, prefix + "optimizer"), f"{against}. Choose another optimizer, or leave {key} out"
-                    )
+                    why = f"{against}. Choose another optimizer, or leave {key} out"
+                    self._problem((asking, prefix + "optimizer"), why)
             count = len(row.defaults.get("betas", ()))
-            if name.value in ROWS and count and len(betas.value) != count:
-                self.report.problem(betas.place, f"{_short(prefix + 'betas')} is {show(betas.value)}, "
-                                                 f"but {name.value} takes {count}")  # fmt: skip
+            if betas and name.value in ROWS and count and len(betas.value) != count:
+                stated = f"{self._name(prefix + 'betas')} is {show(betas.value)}"
+                self.report.problem(betas.place, f"{stated}, but {name.value} takes {count}")
 
     def without_effect(self) -> None:
         for key, when, why in WITHOUT_EFFECT:
@@ -95,9 +100,7 @@ class _Rules:
         for key in ("class_data_root", "logdir", "validation.manual_data_root"):
             folder = self.values.get(key)
             if folder is not None and any(folder.is_relative_to(root) for root in roots):
-                why = (
-                    f"pictures in {_short(key)} would be trained on as the subject's. Choose a folder outside data_root"
-                )
+                why = f"pictures in {_short(key)} would be trained on as the subject's. Choose another folder"
                 self._problem((key, "data_root"), why)
 
     def missing_paths(self, strict: bool) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from everydream.config.sources import DEFAULT, DRAWN, UNSET, Report, Source, Stated, plain, show
+from everydream.config.sources import DEFAULT, DRAWN, LAUNCHER, UNSET, Report, Source, Stated, plain, show
 
 
 class Override(NamedTuple):
@@ -41,7 +41,9 @@ def choose(key: str, sources: Sequence[Source], default: Entry) -> Entry:
     """Precedence: the first of `sources` that states the key (highest first). Unset: the default."""
     stated = [source.values[key] for source in sources if key in source.values]
     if key in sources[0].unset:
-        return replace(default, origin=UNSET, overrides=_overrides(stated), place="")
+        told = [one.value for one in stated if one.origin == LAUNCHER]  # null hides what files say, nothing else
+        hidden = [one for one in stated if one.origin != LAUNCHER]
+        return replace(default, value=(*told, default.value)[0], origin=UNSET, overrides=_overrides(hidden), place="")
     if not stated:
         return default
     first, *hidden = stated
@@ -56,6 +58,8 @@ def say_overrides(name: str, entry: Entry, report: Report) -> None:
     """ "lr 2e-06 from train.json overrides 1e-06 from optimizer.json", where the values differ."""
     for hidden in entry.overrides:
         if hidden.value == entry.value or entry.origin == DRAWN:
+            continue
+        if hidden.origin == LAUNCHER and hidden.value == entry.default:  # accelerate launch says "no" unasked
             continue
         if entry.origin == UNSET:
             report.note(f"{name} {show(entry.value)}: null on the command line hides "

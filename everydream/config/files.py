@@ -6,6 +6,7 @@ In a file null is the same as leaving the key out. Comments are the keys `doc`, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,10 +82,12 @@ class File:
         wrong: set[str] = set()
         for key, value in self.at(address).items():
             inner = (*address, key)
-            place, name = self.place(inner), ".".join(inner)
+            place, name = self.place(inner), _name(inner)
             field_name = aliases[key].key if key in aliases else key
-            if is_comment(key) or key in comments or value is None or key in others:
+            if is_comment(key) or key in comments or key in others:
                 continue
+            if value is None and (field_name in model.model_fields or key in retired):
+                continue  # an unknown key is a mistake whatever its value
             if key in retired:
                 self.report.note(retired[key].say(name), place)
             elif field_name not in model.model_fields:
@@ -117,6 +120,12 @@ class File:
         checked.origin = self.origin
         checked.wrong |= wrong
         return checked
+
+
+def _name(address: strict_json.Address) -> str:
+    """base.lr; with quotes where a key is no name, so that `"lr:"` shows its colon."""
+    name = ".".join(address)
+    return name if name.replace(".", "_").isidentifier() else json.dumps(name, ensure_ascii=False)
 
 
 def is_comment(key: str) -> bool:
@@ -182,9 +191,12 @@ class RecordSource:
 def record_source(file: File) -> RecordSource:
     """Raises ConfigError where the file is of another format."""
     top = file.document.value
-    if top["format"] != FORMAT or not isinstance(top.get("settings"), dict):
+    if top["format"] != FORMAT:
         found = show(top["format"])
         raise ConfigError(f'{file.place(("format",))}: format is {found}, but this program reads "{FORMAT}"')
+    if not isinstance(top.get("settings"), dict):
+        place = file.place(("settings",)) if "settings" in top else file.shown
+        raise ConfigError(f"{place}: settings is {show(top.get('settings'))}, but must be an object {{…}}")
     stated: dict[str, dict[str, Stated]] = {group: {} for group in ("", *_GROUPS)}
     for key, entry in top["settings"].items():
         place = file.place(("settings", key))

@@ -6,22 +6,14 @@ Precedence, one rule for every key: command line > train.json > optimizer.json >
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from everydream.config import arguments, checks
+from everydream.config import arguments, checks, gather
 from everydream.config.entries import Entry, Override, choose, default_entry, say_overrides
 from everydream.config.files import (
     FORMAT,
-    File,
-    OptimizerSource,
-    is_record,
-    no_optimizer_file,
-    optimizer_source,
-    record_source,
-    train_source,
-    validation_source,
 )
 from everydream.config.kinds import kinds
 from everydream.config.parts import (
@@ -41,12 +33,9 @@ from everydream.config.sources import (
     COMMAND_LINE,
     DEFAULT,
     DRAWN,
-    LAUNCHER,
     UNSET,
     Report,
     Source,
-    Stated,
-    check,
     plain,
 )
 from everydream.errors import ConfigError
@@ -86,40 +75,19 @@ class Resolved:
         return replace(self, settings=settings, entries={**self.entries, "seed": entry})
 
 
-@dataclass
-class _Files:
-    """What the files state. `unread`: a file could not be parsed, so that nothing is known to be missing."""
-
-    train: Source = field(default_factory=lambda: Source("train.json"))
-    optimizer: OptimizerSource = field(default_factory=no_optimizer_file)
-    validation: Source | None = None
-    config: str = ""  # the file of --config, as messages name it
-    unread: bool = False
-
-    def wrong(self) -> set[str]:
-        """Keys, as entries have them, whose value a file states wrongly."""
-        parts = {
-            BASE: self.optimizer.base,
-            TEXT_ENCODER: self.optimizer.text_encoder,
-            FREEZING: self.optimizer.freezing,
-        }
-        parts |= {"": self.train, "validation.": self.validation or Source("")}
-        return {prefix + key for prefix, source in parts.items() for key in source.wrong}
-
-
 def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     """The settings of all sources. Raises ConfigError with every problem of every source."""
     report = Report()
     line = arguments.read(argv, report)
-    files = _read_files(line, report)
-    launcher = _launcher(environ, report)
+    files = gather.files(line, report)
+    launcher = gather.launcher(environ, report)
     processes = int(environ.get("WORLD_SIZE") or 1)
 
     entries = _choose_settings([line.source, files.train, launcher], report)
     entries |= resolve_parts(line.source, files.train, files.optimizer, report)
     validation = _choose_validation(files.validation, entries)
-    if not files.unread:
-        wrong = line.source.wrong | files.wrong()
+    wrong = line.source.wrong | files.wrong()
+    if files.config_was_read:
         _say_missing(entries, wrong, files, report)
         checks.check(entries, wrong, processes, not line.action.startswith("print_config"), report)
     if report.problems:
@@ -142,58 +110,6 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     )
 
 
-def _read_files(line: arguments.Line, report: Report) -> _Files:
-    """--config, then the optimizer's and validation's files that it or the command line names."""
-    files = _Files()
-    repeated = False
-    if line.config is not None:
-        try:
-            file = File(absolute(line.config, Path.cwd()), report)
-            files.config = file.shown
-            if is_record(file):
-                record = record_source(file)
-                files.train, files.optimizer, files.validation = record.train, record.optimizer, record.validation
-                repeated = True
-            else:
-                files.train = train_source(file)
-        except ConfigError as error:
-            report.problems += error.problems
-            files.unread = True
-    for key in ("optimizer_config", "validation_config"):
-        path = choose(key, [line.source, files.train], default_entry(None)).value
-        replaces = key in line.source.values or key in line.source.unset
-        if repeated and not replaces:
-            continue
-        _read_further(key, path, files, report)
-    return files
-
-
-def _read_further(key: str, path: Path | None, files: _Files, report: Report) -> None:
-    optimizer, validation = no_optimizer_file(), None
-    if path is not None:
-        try:
-            file = File(path, report)
-            if key == "optimizer_config":
-                optimizer = optimizer_source(file)
-            else:
-                validation = validation_source(file)
-        except ConfigError as error:
-            report.problems += error.problems
-    if key == "optimizer_config":
-        files.optimizer = optimizer
-    else:
-        files.validation = validation
-
-
-def _launcher(environ: Mapping[str, str], report: Report) -> Source:
-    """accelerate launch hands --mixed_precision and its yaml's to the script in this variable."""
-    told = environ.get("ACCELERATE_MIXED_PRECISION")
-    if not told:
-        return Source(LAUNCHER)
-    stated = Stated(told.lower(), LAUNCHER, LAUNCHER, "mixed_precision")
-    return check(Settings, {"mixed_precision": stated}, Path.cwd(), report)
-
-
 def _choose_settings(sources: Sequence[Source], report: Report) -> dict[str, Entry]:
     """Entries of all settings but the optimizer's; required ones that nobody states are not among them."""
     entries = {}
@@ -209,8 +125,8 @@ def _choose_settings(sources: Sequence[Source], report: Report) -> dict[str, Ent
 
 def _derive(entries: dict[str, Entry], report: Report) -> None:
     """Defaults that depend on something else than the schema."""
-    if entries["mixed_precision"].value is None:
-        entries["mixed_precision"] = replace(entries["mixed_precision"], value="no", default="no")
+    precision = entries["mixed_precision"]
+    entries["mixed_precision"] = replace(precision, value=precision.value or "no", default="no")
     if entries["max_epochs"].origin in (DEFAULT, UNSET) and entries["max_steps"].value is not None:
         entries["max_epochs"] = replace(entries["max_epochs"], value=None, default=None)
     logdir, default = entries["logdir"], absolute(str(entries["logdir"].default), Path.cwd())
@@ -226,7 +142,7 @@ def _derive(entries: dict[str, Entry], report: Report) -> None:
         entries["seed"] = Entry(drawn, DRAWN, (Override(seed.origin, -1), *seed.overrides), seed.default)
 
 
-def _say_missing(entries: Mapping[str, Entry], wrong: set[str], files: _Files, report: Report) -> None:
+def _say_missing(entries: Mapping[str, Entry], wrong: set[str], files: gather.Files, report: Report) -> None:
     for key, one in Settings.model_fields.items():
         if one.is_required() and key not in entries and key not in wrong:
             hint = "" if files.config else _hint_of_config()

@@ -197,7 +197,9 @@ class Settings(Tree):
         "Made where missing if num_class_images is set. Null: no prior preservation.",
     )
     class_prompt: Text | None = Field(
-        None, description="Caption of class pictures that have none, and the prompt that missing ones are made with."
+        None,
+        description="Caption of class pictures that have none, and the prompt that missing ones are made with. "
+        "Null: each needs a caption of its own.",
     )
     num_class_images: Count | None = Field(
         None,

@@ -81,7 +81,8 @@ def plain(value: Any) -> Any:
 def nearest(name: str, names: Iterable[str]) -> str:
     """ " Did you mean 'batch_size'?", or nothing where no name is near."""
     names = list(names)
-    near = get_close_matches(name.lower(), names, n=1) or [one for one in names if name and one.startswith(name)]
+    near = get_close_matches(name.lower(), names, n=1)
+    near = near or [one for one in names if name and (one.startswith(name) or sorted(one) == sorted(name))]
     return f" Did you mean {near[0]!r}?" if near else ""
 
 

@@ -1,0 +1,211 @@
+"""Contradictions end the run and name both settings; settings without effect are said; paths must be there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from everydream.config.rules import CONTRADICTIONS, DEMANDS, WITHOUT_EFFECT
+from everydream.optim.table import ROWS
+from tests.config.conftest import Desk
+
+# The two settings of a contradiction → train.json that has it (and nothing else wrong), environment
+CONTRADICTING: dict[tuple[str, str], tuple[dict[str, Any], dict[str, str]]] = {
+    ("disable_unet_training", "disable_textenc_training"):
+        ({"disable_unet_training": True, "disable_textenc_training": True}, {}),
+    ("cache_latents", "crop_jitter"): ({"cache_latents": True, "crop_jitter": 0.1}, {}),
+    ("num_class_images", "class_prompt"): ({"num_class_images": 9, "class_data_root": "class"}, {}),
+    ("num_class_images", "class_data_root"): ({"num_class_images": 9, "class_prompt": "a dog"}, {}),
+    ("timestep_start", "timestep_end"): ({"timestep_start": 500, "timestep_end": 500}, {}),
+    ("enable_zero_terminal_snr", "prediction_type"):
+        ({"enable_zero_terminal_snr": True, "prediction_type": "epsilon"}, {}),
+    ("global_batch_size", "batch_size"): ({"global_batch_size": 12, "batch_size": 4}, {"WORLD_SIZE": "2"}),
+    ("fused_backward", "grad_accum"): ({"fused_backward": True, "grad_accum": 2}, {}),
+    ("fused_backward", "global_batch_size"): ({"fused_backward": True, "global_batch_size": 8}, {}),
+    ("fused_backward", "clip_grad_norm"): ({"fused_backward": True, "clip_grad_norm": 1.0}, {}),
+    ("fused_backward", "mixed_precision"): ({"fused_backward": True}, {"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    ("fused_backward", "processes"): ({"fused_backward": True}, {"WORLD_SIZE": "2"}),
+    ("weights_dtype", "mixed_precision"): ({"weights_dtype": "bfloat16", "mixed_precision": "fp16"}, {}),
+    ("quiet", "verbose"): ({"quiet": True, "verbose": True}, {}),
+    ("validation.val_split_mode", "validation.manual_data_root"):
+        ({"validation_config": {"val_split_mode": "manual"}}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [keys for keys, _, _ in CONTRADICTIONS], ids="-".join)
+def test_each_contradiction_names_both_settings_and_what_to_do(desk: Desk, keys: tuple[str, str]) -> None:
+    settings, environ = CONTRADICTING[keys]
+    if "validation_config" in settings:
+        desk.write("validation.json", settings["validation_config"])
+        settings = {"validation_config": "validation.json"}
+    (problem,) = desk.problems(environ=environ, **settings)
+    first, second = (key.removeprefix("validation.") for key in keys)
+    assert f"{first} " in problem
+    assert f"{second} " in problem
+    assert " contradict: " in problem
+    assert problem.split(":")[0] in ("train.json", "validation.json")
+    assert problem.split(":")[1].isdigit()
+
+
+def test_a_contradiction_stands_at_the_first_setting_that_somebody_stated(desk: Desk) -> None:
+    assert desk.problems("--crop_jitter", "0.1", cache_latents=True) == (
+        "train.json:4: cache_latents true and crop_jitter 0.1 (command line) contradict: "
+        "crops that move cannot be cached. Set crop_jitter 0, or cache_latents false.",
+    )
+
+
+DEMANDED: dict[str, dict[str, Any]] = {
+    "clip_grad_norm": {"clip_grad_norm": 1.0},
+    "fused_backward": {"fused_backward": True},
+    "weights_dtype": {"weights_dtype": "bfloat16"},
+    "lr_scheduler": {"lr_scheduler": "cosine"},
+}
+
+
+@pytest.mark.parametrize("name", [*ROWS, "my.package.Optimizer"])
+@pytest.mark.parametrize(("key", "reason"), [(key, reason) for key, _, reason in DEMANDS])
+def test_what_an_optimizer_cannot_is_refused_with_its_reason(desk: Desk, name: str, key: str, reason: str) -> None:
+    desk.write("optimizer.json", {"optimizer": name})
+    settings = {"optimizer_config": "optimizer.json", **DEMANDED[key]}
+    against = getattr(ROWS[name], reason) if name in ROWS else reason in ("cannot_fuse", "cannot_round")
+    if not against:
+        assert desk.resolve(**settings).optimizers["unet"].optimizer == name
+        return
+    problems = desk.problems(**settings)
+    assert all(f'optimizer "{name}"' in problem and key in problem for problem in problems)
+
+
+def test_a_part_that_is_not_trained_is_asked_for_nothing(desk: Desk) -> None:
+    desk.write("optimizer.json", {"base": {}, "text_encoder_overrides": {"optimizer": "prodigy", "lr": 1}})
+    settings = {"optimizer_config": "optimizer.json", "weights_dtype": "bfloat16"}
+    assert "text_encoder.optimizer" in desk.problems(**settings)[0]
+    assert desk.resolve(disable_textenc_training=True, **settings)
+
+
+def test_the_number_of_betas_is_the_optimizers(desk: Desk) -> None:
+    desk.write("optimizer.json", '{"optimizer": "ademamix8bit",\n "betas": [0.9, 0.999]}')
+    problems = desk.problems(optimizer_config="optimizer.json")
+    assert problems[0] == "optimizer.json:2: betas is [0.9, 0.999], but ademamix8bit takes 3"
+
+
+# A setting without effect → train.json where it has none
+WITHOUT: dict[str, dict[str, Any]] = {
+    "base_model_revision": {"base_model_revision": "main"},
+    "grad_accum": {"grad_accum": 2, "global_batch_size": 8},
+    "class_prompt": {"class_prompt": "a dog"},
+    "prior_loss_weight": {"prior_loss_weight": 0.5},
+    "class_data_root": {"class_data_root": "class", "prior_loss_weight": 0},
+    "huber_delta": {"huber_delta": 0.1},
+    "ema_update_interval": {"ema_update_interval": 5},
+    "ema_device": {"ema_device": "cpu"},
+    "save_ckpt_dir": {"save_ckpt_dir": "out", "save_single_file": False},
+    "save_dtype": {"save_dtype": "float32", "save_single_file": False},
+    "resume_changed": {"resume_changed": True},
+    "accept_data_changes": {"accept_data_changes": True},
+    "sample_steps": {"sample_steps": 9},
+    "validate_every_n_steps": {"validate_every_n_steps": 9},
+    "validation.manual_data_root": {"validation_config": {"manual_data_root": "class"}},
+    "validation.auto_split_proportion": {"validation_config": {"val_split_mode": "none", "auto_split_proportion": 0.5}},
+    "validation.stabilize_split_proportion": {"validation_config": {"stabilize_split_proportion": 0.5}},
+    "optimizer.base.lr_warmup_steps": {"lr_warmup_steps": 9},
+    "optimizer.base.lr_decay_steps": {"lr_decay_steps": 9},
+    "optimizer.text_encoder.lr_warmup_steps": {"optimizer_config": {"text_encoder_overrides": {"lr_warmup_steps": 9}}},
+    "optimizer.text_encoder.lr_decay_steps": {"optimizer_config": {"text_encoder_overrides": {"lr_decay_steps": 9}}},
+    "optimizer.text_encoder.optimizer":
+        {"disable_textenc_training": True, "optimizer_config": {"text_encoder_overrides": {"optimizer": "adamw"}}},
+    "optimizer.text_encoder.lr": {"disable_textenc_training": True, "text_encoder_lr": 1e-7},
+    **{f"optimizer.text_encoder_freezing.{key}":
+       {"disable_textenc_training": True, "optimizer_config": {"text_encoder_freezing": {key: value}}}
+       for key, value in (("unfreeze_last_n_layers", 2), ("freeze_embeddings", True),
+                          ("freeze_final_layer_norm", True))},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in WITHOUT_EFFECT])
+def test_each_setting_without_effect_is_said_once_and_refused_never(desk: Desk, key: str) -> None:
+    (desk.folder / "class").mkdir()
+    settings = dict(WITHOUT[key])
+    for name, value in list(settings.items()):
+        if isinstance(value, dict):
+            desk.write(f"{name}.json", value)
+            settings[name] = f"{name}.json"
+    notes = [note for note in desk.resolve(**settings).notes if "without effect" in note]
+    assert len(notes) == 1
+    assert notes[0].split(" ")[0].split(".")[-1] == key.split(".")[-1]
+
+
+def test_a_stated_default_without_effect_is_not_worth_a_word(desk: Desk) -> None:
+    assert desk.resolve(huber_delta=1.0, sample_steps=300, ema_update_interval=1, save_dtype="float16").notes == ()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"base_model": "./gone"}, "train.json:2: base_model: there is no folder or file {}/gone"),
+        ({"base_model": "gone"}, "train.json:2: base_model: there is no folder or file gone"),
+        (
+            {"base_model": "gone.safetensors"},
+            "train.json:2: base_model: there is no folder or file {}/gone.safetensors",
+        ),
+        ({"data_root": ["pictures", "gone"]}, "train.json:3: data_root: there is no folder {}/gone"),
+        ({"data_root": "file"}, "train.json:3: data_root: there is no folder (it is something else) {}/file"),
+        ({"class_data_root": "gone"}, "train.json:4: class_data_root: there is no folder {}/gone"),
+        ({"sample_prompts": "gone"}, "train.json:4: sample_prompts: there is no file {}/gone"),
+        ({"resume": "gone"}, "train.json:4: resume: there is no folder {}/gone"),
+        ({"optimizer_config": "gone.json"}, "gone.json: there is no such file"),
+        ({"validation_config": "gone.json"}, "gone.json: there is no such file"),
+    ],
+)
+def test_missing_paths_are_problems(desk: Desk, settings: dict[str, Any], problem: str) -> None:
+    desk.write("file", "")
+    assert desk.problems(**settings) == (problem.format(desk.folder),)
+
+
+def test_print_config_looks_at_settings_whose_paths_are_elsewhere(desk: Desk) -> None:
+    resolved = desk.resolve("--print_config", data_root="/gone/pictures")
+    assert resolved.notes == ("train.json:3: data_root: there is no folder /gone/pictures",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"data_root": ["pictures", "pictures"]}, "data_root names {}/pictures twice"),
+        ({"data_root": ["pictures", "pictures/in"]}, "{}/pictures/in lies in {}/pictures and would be read twice"),
+        ({"class_data_root": "pictures/in"}, 'class_data_root "{}/pictures/in" and data_root'),
+        ({"logdir": "pictures/logs"}, 'logdir "{}/pictures/logs" and data_root'),
+    ],
+)
+def test_a_folder_of_pictures_is_read_for_one_purpose(desk: Desk, settings: dict[str, Any], words: str) -> None:
+    (desk.folder / "pictures/in").mkdir()
+    (problem,) = desk.problems(**settings)
+    assert words.replace("{}", str(desk.folder)) in problem
+
+
+def test_rules_stay_silent_about_settings_that_are_wrong_themselves(desk: Desk) -> None:
+    assert desk.problems(cache_latents=True, crop_jitter="wild") == (
+        'train.json:5: crop_jitter is "wild", but must be a number ≥ 0 and ≤ 0.5.',
+    )
+
+
+def test_a_file_that_cannot_be_read_is_the_only_thing_said_about_what_it_holds(desk: Desk) -> None:
+    desk.write("train.json", '{"base_model": }')
+    assert len(desk.problems("--config", "train.json", "--cache_latents", "--crop_jitter", "0.1")) == 1
+    desk.write("optimizer.json", "{,}")
+    assert len(desk.problems("--fused_backward", optimizer_config="optimizer.json")) == 1
+
+
+def test_all_sources_report_at_once(desk: Desk) -> None:
+    desk.write("optimizer.json", {"optimizer": "lionn", "lr": "fast"})
+    desk.write("validation.json", json.dumps({"seed": True}, indent=1))
+    problems = desk.problems(
+        "--batch_size", "none", environ={"ACCELERATE_MIXED_PRECISION": "fp8"},
+        seed=1.5, wandb=1, optimizer_config="optimizer.json", validation_config="validation.json", data_root="gone",
+    )  # fmt: skip
+    places = sorted(":".join(problem.split(":")[:-1]) for problem in problems)
+    assert len(problems) == 8
+    assert [place.split(": ")[0] for place in places] == sorted(
+        ["command line", "launcher", "optimizer.json:2", "optimizer.json:3", "train.json:3", "train.json:4",
+         "train.json:5", "validation.json:2"]
+    )  # fmt: skip
