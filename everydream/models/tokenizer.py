@@ -156,11 +156,14 @@ class Tokenize:
 def _build(files: TokenizerFiles) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-    pairs = [(first, second) for first, second in (merge.split(" ") for merge in files.merges)]
-    model = models.BPE(
-        vocab=dict(files.vocabulary), merges=pairs, end_of_word_suffix="</w>", continuing_subword_prefix="",
-        fuse_unk=False, unk_token=END,
-    )  # fmt: skip
+    try:
+        pairs = [(first, second) for first, second in (merge.split(" ") for merge in files.merges)]
+        model = models.BPE(
+            vocab=dict(files.vocabulary), merges=pairs, end_of_word_suffix="</w>", continuing_subword_prefix="",
+            fuse_unk=False, unk_token=END,
+        )  # fmt: skip
+    except Exception as error:  # the library raises bare ones
+        raise ConfigError(f"base_model: the tokenizer's merges.txt and vocab.json do not fit ({error})") from None
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -13,7 +13,7 @@ from torch import Tensor
 from everydream.models.family import Facts
 from everydream.models.files import FileContent, TensorFile
 from everydream.models.original import CONFIG_KEY
-from everydream.models.sources import STEMS
+from everydream.models.sources import STEMS, PartWeights
 from everydream.models.tensors import PartReader
 from everydream.models.tokenizer import TokenizerFiles, clip_tokenizer
 from everydream.models.weights import Move, is_openclip, root, to_original
@@ -35,23 +35,23 @@ def folder_files(facts: Facts, scheduler: Config, weights: Mapping[str, FileCont
 def single_file(
     facts: Facts,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     title: str,
     date: str,
     metadata: Mapping[str, str] | None = None,
     replaced: Mapping[str, Tensor] | None = None,
 ) -> TensorFile:
-    """The original layout, as other programs read it, in `dtype`; with ModelSpec 1.0.0 (Stability AI) and our configs.
+    """The original layout, as other programs read it, with ModelSpec 1.0.0 (Stability AI) and our configs.
 
-    The weights are read from the model's files: facts = read_facts(checkpoint / "model"). date: ISO 8601. metadata:
-    more of it, for example the recipe. replaced: `part.published name` → tensor, for example averaged weights.
+    The weights are read from the model's files: facts = read_facts(checkpoint / "model"). dtype: None leaves them as
+    they are. date: ISO 8601. metadata: more of it, for example the recipe. replaced: `part.published name` → tensor,
+    for example averaged weights.
     """
     tensors: dict[str, Tensor] = {}
     for part, weights in facts.weights.items():
-        named = PartReader(part, weights).read(dtype=dtype)
-        named |= {n: t for n in named if (t := (replaced or {}).get(f"{part}.{n}")) is not None}
+        named = _read(part, weights, dtype, replaced or {})
         for move in to_original(part, facts.configs[part], named):
-            tensors[move.original] = _original(move, named).to("cpu", dtype)
+            tensors[move.original] = _original(move, named)
     text = facts.configs["text_encoder"]
     if not is_openclip(text):  # an integer tensor of the published files that some old readers insist on
         positions = f"{root('text_encoder', text)}text_model.embeddings.position_ids"
@@ -68,6 +68,22 @@ def single_file(
             **(metadata or {}),
         },
     )
+
+
+def folder(
+    facts: Facts, *, dtype: torch.dtype | None, replaced: Mapping[str, Tensor] | None = None
+) -> dict[str, FileContent]:
+    """The diffusers folder of a model that was read from anywhere; arguments as for `single_file`."""
+    parts = {part: TensorFile(_read(part, weights, dtype, replaced or {})) for part, weights in facts.weights.items()}
+    return folder_files(facts, facts.scheduler_config, parts)
+
+
+def _read(part: str, weights: PartWeights, dtype: torch.dtype | None, replaced: Named) -> dict[str, Tensor]:
+    named = PartReader(part, weights).read(dtype=dtype)
+    return {
+        n: replaced[f"{part}.{n}"].to("cpu", dtype or t.dtype) if f"{part}.{n}" in replaced else t
+        for n, t in named.items()
+    }
 
 
 def content_hash(tensors: Named) -> str:
