@@ -22,6 +22,7 @@ from everydream.training.worker import Background
 if TYPE_CHECKING:
     from everydream.training.trackers import TensorBoard, WandB
 
+SAMPLES = "samples"
 EVENTS, METRICS, SCHEDULE = "events.jsonl", "metrics.jsonl", "schedule.jsonl"
 LEVELS = ("debug", "info", "warning", "error")
 CLOSE_SECONDS = 60.0  # for trackers to send what they have; then the run ends without them
@@ -106,6 +107,7 @@ class RunLog(NullLog):
     def start(self, step: int, max_steps: int, max_epochs: int | None = None, memory_total: int | None = None) -> None:
         super().start(step, max_steps, max_epochs, memory_total)
         self.console.start(Progress(step, max_steps, max_epochs, memory_total))
+        self.event("training", max_steps=max_steps, max_epochs=max_epochs)
 
     def event(self, kind: str, message: str = "", level: str = "info", *, todo: str = "", **fields: Any) -> None:
         assert level in LEVELS, level
@@ -272,12 +274,20 @@ class ReportRefresher:
 
 
 def cut_back(folder: Path, step: int) -> dict[str, int]:
-    """Before a resume from the checkpoint of `step`: removes what the run logged after it. File → lines removed.
+    """Before a resume from the checkpoint of `step`: removes what the run logged after it, previews too.
 
-    Raises OSError where the folder cannot be written.
+    File → lines removed. Raises OSError where the folder cannot be written.
     """
+    for preview_step, path in grid_files(folder).items():
+        if preview_step > step:
+            path.unlink()
     removed = {name: jsonl.cut_back(folder / name, step) for name in (EVENTS, METRICS, SCHEDULE)}
     return {name: count for name, count in removed.items() if count}
+
+
+def grid_files(folder: Path) -> dict[int, Path]:
+    """Step → the grid of its previews, in a run folder."""
+    return {int(path.stem.removeprefix("step-")): path for path in (folder / SAMPLES).glob("step-[0-9]*.png")}
 
 
 def utc_now() -> str:

@@ -16,6 +16,7 @@ import torch
 from everydream.errors import ConfigError, Stopped
 from everydream.training import grids, prompts, sampling
 from everydream.training.divided import divided, on_main
+from everydream.training.log import SAMPLES, grid_files
 from everydream.training.prompts import Picture, Sampling
 from everydream.training.sampling import Parts
 from everydream.training.storage import Bytes, write_atomically
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SAMPLES, BEFORE_AFTER = "samples", "before_after.png"
+BEFORE_AFTER = "before_after.png"
 BATCH_SIZE = 4  # pictures at a time; halved where memory does not do
 
 
@@ -190,11 +191,6 @@ def _png(image: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def grid_files(folder: Path) -> dict[int, Path]:
-    """Step → the grid of its previews, in a run folder."""
-    return {int(path.stem.removeprefix("step-")): path for path in (folder / SAMPLES).glob("step-[0-9]*.png")}
 
 
 def advice(reason: str) -> str:
