@@ -34,12 +34,13 @@ from everydream.training.clock import Due
 from everydream.training.console import Console
 from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
 from everydream.training.log import NullLog, RunLog
-from everydream.training.plan_text import plan_text
+from everydream.training.plan_text import plan_sections, plan_text
 from everydream.training.prepare import Prepared
 from everydream.training.previews import NoPreviews, Previews
 from everydream.training.profile import make_profile
 from everydream.training.prompts import Sampling
 from everydream.training.quiet import quiet_libraries
+from everydream.training.report import write_report
 from everydream.training.resuming import begin_run
 from everydream.training.sampling import Parts
 from everydream.training.saver import Exports, Saver
@@ -244,10 +245,12 @@ class Build:
             project=settings.project_name,
             settings=record,
             trackers=trackers,
+            report=write_report,
             resumed_step=start.state.step if start.checkpoint else None,
         )
         kind = "start" if start.checkpoint is None else "resume"
         self.log.event(kind, f"run folder: {self.folder}", from_step=start.state.step)
+        self.log.event("plan", sections=plan_sections(self.prepared))
 
     def _part(self, name: str) -> Part:
         chosen = self.prepared.resolved.optimizers[name]

@@ -19,16 +19,22 @@ SHOWN_STEPS = 8
 
 
 def plan_text(prepared: Prepared) -> str:
-    sections = {
-        "Pictures": _pictures(prepared),
-        "Steps": _steps(prepared),
+    return "\n\n".join(
+        "\n".join([title, *(f"  {line}" for line in lines)])
+        for title, lines in plan_sections(prepared).items()
+        if lines
+    )
+
+
+def plan_sections(prepared: Prepared) -> dict[str, list[str]]:
+    """Title → lines; also what the report says of the data."""
+    return {
+        "Pictures": list(_pictures(prepared)),
+        "Steps": list(_steps(prepared)),
         "Trained": table_lines([group for groups in prepared.groups.values() for group in groups]),
-        "Memory": _memory(prepared),
+        "Memory": list(_memory(prepared)),
         "Notes": list(dict.fromkeys(prepared.notes)),
     }
-    return "\n\n".join(
-        "\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items() if lines
-    )
 
 
 def _pictures(prepared: Prepared) -> Iterator[str]:
