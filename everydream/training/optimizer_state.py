@@ -54,7 +54,8 @@ def _capture_leaf(where: str, leaf: Optimizer, names: Mapping[int, str], encoder
     return {
         "class": _dotted(leaf),
         "library": _library(leaf),
-        "defaults": encoder.each(leaf.defaults, f"{where}/defaults"),
+        # torch adds `differentiable` to those that lack it when it loads a state: a resumed run must write the same.
+        "defaults": encoder.each({"differentiable": False, **leaf.defaults}, f"{where}/defaults"),
         "attributes": _attributes(leaf),
         "groups": [
             {
