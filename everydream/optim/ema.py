@@ -89,10 +89,6 @@ class EMA:
         """The decay at this step: below `decay`, the average is still warming up."""
         return {"ema_decay": ema_decay(step, self.decay)}
 
-    def metrics(self, step: int) -> dict[str, float]:
-        """For metrics.jsonl: the decay at this step, which warms up."""
-        return {"ema_decay": ema_decay(step, self.decay)}
-
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, float32: live, so copy what must outlast the next update."""
         assert not self._swapped, "the averages are in the model now: leave applied() first"

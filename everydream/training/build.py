@@ -19,7 +19,7 @@ from everydream.config.resolve import Resolved
 from everydream.config.show import differences
 from everydream.data.buckets import nearest
 from everydream.data.dataset import Loader
-from everydream.errors import EveryDreamError
+from everydream.errors import DataError, EveryDreamError, Stopped
 from everydream.models.family import load
 from everydream.optim import factory
 from everydream.optim.ema import EMA, NoEMA
@@ -41,7 +41,7 @@ from everydream.training.profile import make_profile
 from everydream.training.prompts import Sampling
 from everydream.training.quiet import quiet_libraries
 from everydream.training.report import write_report
-from everydream.training.resuming import begin_run
+from everydream.training.resuming import begin_run, what_differs
 from everydream.training.sampling import Parts
 from everydream.training.saver import Exports, Saver
 from everydream.training.schedule import NoSchedule, Schedule
@@ -74,8 +74,9 @@ def run(resolved: Resolved) -> int:
         code, reason = (128 + signum, f"stopped by signal {signum}, and saved") if signum else (0, "finished")
     except EveryDreamError as error:
         code, reason = error.exit_code, str(error)
-        if is_main:
-            console.say(reason, "error")
+        # A picture that one process alone cannot read is told by that one; all else all of them know.
+        if is_main or (build is not None and isinstance(error, DataError)):
+            console.say(reason, "info" if isinstance(error, Stopped) else "error")
     finally:
         if build is not None:
             build.close(code, reason)
@@ -144,6 +145,7 @@ class Build:
             self.sets["class"] = prepared.picture_set("class", samples)
         # 8. The run's folder and its log: from here on things are written.
         self.state = start.state
+        prepared.notes += what_differs(start, ranks.count, torch.get_num_threads())
         self.state.processes, self.state.threads = ranks.count, torch.get_num_threads()
         self.folder, self._held = begin_run(
             start, self._held, prepared.record, settings.logdir, settings.project_name, ranks
@@ -268,6 +270,11 @@ class Build:
         horizon = chosen.lr_decay_steps or self.state.lr_horizon or self.prepared.clock.total_steps
         if chosen.lr_decay_steps is None:
             self.state.lr_horizon = horizon
+        if chosen.lr_scheduler != "constant" and horizon < self.prepared.clock.total_steps:
+            self.prepared.notes.append(
+                f"{name}: the learning rate ends its decay at step {horizon} and stays there until step "
+                f"{self.prepared.clock.total_steps}; set lr_decay_steps to change that"
+            )
         factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
         row = row_of(chosen.optimizer)
         assert row is not None

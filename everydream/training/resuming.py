@@ -89,6 +89,20 @@ def check_data(start: Start, now: Mapping[str, str], accept: bool) -> list[str]:
     return lines
 
 
+def what_differs(start: Start, processes: int, threads: int) -> list[str]:
+    """What makes a resume equal only up to rounding."""
+    if start.checkpoint is None:
+        return []
+    was = {"processes": start.state.processes, "threads a process": start.state.threads}
+    now = {"processes": processes, "threads a process": threads}
+    return [
+        f"resumed with {now[what]} {what}, the checkpoint was written with {was[what]}: the pictures and noise are the "
+        "same, sums are rounded differently"
+        for what in was
+        if was[what] is not None and was[what] != now[what]
+    ]
+
+
 def begin_run(
     start: Start, run: Run | None, record: Mapping[str, Any], logdir: Path, project_name: str, ranks: Ranks
 ) -> tuple[Path, Run | None]:

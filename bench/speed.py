@@ -1,0 +1,218 @@
+"""Steps a second of the trainer beside a bare loop: python bench/speed.py [--size demo small] [--batch 1 4] [--json FILE]
+
+The bare loop has cached latents and text, forward, backward, clip, optimizer: nothing else. The trainer is launched as
+users launch it, checkpoints and previews off, log_step 10. Both train the same UNet with fused AdamW and clipping at 1,
+one thread a process, in turns; medians over the rounds. --processes 1 2: two processes of one thread each beside one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+LOG_STEP = 10
+PICTURES = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", default=["demo"], help="demo, small (55M, 256 px)")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--processes", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="timed in each round, after 10 that are not")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--bare", nargs=4, metavar=("MODEL", "RESOLUTION", "BATCH", "STEPS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        model, resolution, batch, steps = options.bare
+        print(json.dumps(bare_loop(Path(model), int(resolution), int(batch), int(steps))))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for size in options.size:
+            for batch in options.batch:
+                rows += measure(size, batch, options, Path(folder))
+    print_table(rows)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
+def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """One row for each process count: the bare loop and the trainer in turns."""
+    from models import model_of
+
+    from tests.tiny import make_pictures
+
+    model, resolution = model_of(size, folder)
+    pictures = folder / f"pictures-{resolution}"
+    if not pictures.is_dir():
+        make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
+    found: dict[str, list[dict[str, float]]] = {"bare": [], **{f"{n}": [] for n in options.processes}}
+    for number in range(options.rounds):
+        found["bare"].append(child(["--bare", str(model), str(resolution), str(batch), str(options.steps)]))
+        for processes in options.processes:
+            logs = folder / f"logs-{size}-{batch}-{processes}-{number}"
+            found[str(processes)].append(trainer(model, pictures, logs, batch, options.steps, processes))
+            say = found[str(processes)][-1]["steps_per_s"] / found["bare"][-1]["steps_per_s"]
+            print(f"{size}, batch {batch}, {processes} processes, round {number + 1}: {say:.3f}", file=sys.stderr)
+    bare = medians(found["bare"])
+    rows = []
+    for processes in options.processes:
+        ours = medians(found[str(processes)])
+        ratios = [
+            t["steps_per_s"] / b["steps_per_s"] for t, b in zip(found[str(processes)], found["bare"], strict=True)
+        ]
+        rows.append(
+            {
+                "size": size,
+                "batch": batch,
+                "processes": processes,
+                "bare_steps_per_s": bare["steps_per_s"],
+                "trainer_steps_per_s": ours["steps_per_s"],
+                "ratio": statistics.median(ratios),
+                "ratios": ratios,
+                "data_wait_share": ours["data_wait_share"],
+                "bare_peak_bytes": bare["peak_bytes"],
+                "trainer_peak_bytes": ours["peak_bytes"],
+            }
+        )
+    return rows
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
+
+
+def child(words: list[str]) -> dict[str, float]:
+    began = subprocess.run(
+        [sys.executable, __file__, *words], env=environment(), capture_output=True, text=True, check=True
+    )
+    return json.loads(began.stdout.splitlines()[-1])
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def bare_loop(model: Path, resolution: int, batch: int, steps: int) -> dict[str, float]:
+    """The least that training is."""
+    import torch
+
+    from everydream.diffusion.paths import NoisePath
+    from everydream.models.family import load, read_facts
+
+    torch.manual_seed(0)
+    facts = read_facts(str(model))
+    family = load(facts, train=("unet",))
+    family.drop_vae()
+    side = resolution // facts.vae_factor
+    latents_NCHW = torch.randn(PICTURES, facts.latent_channels, side, side)
+    text_NLD = family.encode_text(torch.from_numpy(family.tokenize(["a thing"] * PICTURES, 1)))
+    family.drop_text_encoder()
+    path = NoisePath.from_scheduler_config(facts.scheduler_config)
+    parameters = list(family.parameters_of("unet").values())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    denoiser = family.denoiser.train()
+    warm_up = 10
+    for step in range(warm_up + steps):
+        if step == warm_up:
+            began = time.perf_counter()
+        at = torch.arange(step * batch, (step + 1) * batch) % PICTURES
+        latents_BCHW, text_BLD = latents_NCHW[at], text_NLD[at]
+        noise_BCHW = torch.randn_like(latents_BCHW)
+        t_B = torch.randint(0, 1000, (batch,))
+        prediction_BCHW = denoiser(path.add_noise(latents_BCHW, noise_BCHW, t_B), t_B, text_BLD)
+        torch.nn.functional.mse_loss(prediction_BCHW, noise_BCHW).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    seconds = time.perf_counter() - began
+    return {"steps_per_s": steps / seconds, "data_wait_share": 0.0, "peak_bytes": peak_bytes()}
+
+
+def peak_bytes() -> float:
+    """Of this process, or of the largest one that it waited for."""
+    import resource
+
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return 1024.0 * max(resource.getrusage(one).ru_maxrss for one in who)
+
+
+def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, processes: int) -> dict[str, float]:
+    settings = {
+        "base_model": model,
+        "data_root": pictures,
+        "logdir": logs,
+        "cache_dir": logs.parent / "cache",
+        "batch_size": batch,
+        "max_steps": steps + 2 * LOG_STEP,
+        "log_step": LOG_STEP,
+        "clip_grad_norm": 1.0,
+        "disable_textenc_training": "true",
+        "cond_dropout": 0,
+        "save_every_n_epochs": 0,
+        "save_single_file": "false",
+        "tensorboard": "false",
+        "quiet": "true",
+    }
+    optimizer = logs.parent / "adamw.json"
+    optimizer.write_text('{"optimizer": "adamw", "lr": 1e-6}')
+    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    launcher = ["--num_processes", "1"] if processes == 1 else ["--multi_gpu", "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", *launcher]
+    started = subprocess.Popen(
+        [*command, str(ROOT / "scripts" / "train.py"), *words, "--optimizer_config", str(optimizer)],
+        env=environment(),
+        stderr=subprocess.PIPE,
+    )
+    assert started.stderr is not None
+    said = started.stderr.read()
+    _, status, usage = os.wait4(started.pid, 0)  # the largest of the launcher and what it waited for
+    if status:
+        raise SystemExit(f"the trainer failed: {said.decode()}")
+    (metrics,) = logs.glob("*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()][1:-1]  # not the first, nor the save's
+    seconds = sum(LOG_STEP * batch * processes / line["images_per_s"] for line in lines)
+    return {
+        "steps_per_s": LOG_STEP * len(lines) / seconds,
+        "data_wait_share": sum(line["data_wait_s"] for line in lines) / seconds,
+        "peak_bytes": 1024.0 * usage.ru_maxrss,
+    }
+
+
+def machine() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
+    return {"processor": name, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    print(
+        "| model | batch | processes | bare steps/s | trainer steps/s | ratio | data wait | peak bare | peak trainer |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(
+            f"| {row['size']} | {row['batch']} | {row['processes']} | {row['bare_steps_per_s']:.3g} "
+            f"| {row['trainer_steps_per_s']:.3g} | {row['ratio']:.3f} | {row['data_wait_share']:.2%} "
+            f"| {row['bare_peak_bytes'] / 1e6:,.0f} MB | {row['trainer_peak_bytes'] / 1e6:,.0f} MB |"
+        )
+
+
+if __name__ == "__main__":
+    main()
