@@ -6,6 +6,7 @@ caption), in a folder named by the model's key.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -41,7 +42,13 @@ class LatentRequest:
         return digest("latent", _VERSION, self.sample.content, self.size, self.crop, self.flip, alpha_color)
 
     def mask_key(self) -> str:
+        assert self.sample.mask_path is not None
         return digest("mask", _VERSION, self.sample.mask_content, self.size, self.crop, self.flip)
+
+    def names(self, alpha_color: tuple[int, int, int]) -> tuple[str, ...]:
+        """Of the tensors that this variant needs."""
+        key = self.key(alpha_color)
+        return (key,) if self.sample.mask_path is None else (key, self.mask_key())
 
 
 class LatentCache:
@@ -55,12 +62,15 @@ class LatentCache:
         self.alpha_color = alpha_color
 
     def missing(self, requests: Iterable[LatentRequest]) -> list[LatentRequest]:
-        """Those not made yet, one for each content, in an order that does not depend on names."""
-        by_key = {request.key(self.alpha_color): request for request in requests}
-        with_mask = {r.mask_key(): k for k, r in by_key.items() if r.sample.mask_path is not None}
-        lacking = self.packs.load([*by_key, *with_mask])
-        keys = {with_mask.get(name, name) for name in lacking}
-        return [by_key[key] for key in sorted(keys)]
+        """Those not made yet, one for each content and mask, in an order that does not depend on names."""
+        names = {request: request.names(self.alpha_color) for request in requests}
+        lacking = self.packs.load(itertools.chain.from_iterable(names.values()))
+        chosen = []
+        for request in sorted(names, key=lambda request: (-len(names[request]), names[request])):  # with masks first
+            if lacking.intersection(names[request]):
+                lacking.difference_update(names[request])
+                chosen.append(request)
+        return chosen
 
     def moments(self, request: LatentRequest) -> np.ndarray:
         """float32 [2, C, H, W]: mean and std."""
@@ -81,7 +91,7 @@ def pictures_at_once(size: Size) -> int:
 
 def build_latents(
     cache: LatentCache,
-    requests: Iterable[LatentRequest],
+    requests: Sequence[LatentRequest],
     encode: Encode,
     *,
     vae_factor: int = 8,
@@ -112,6 +122,7 @@ def build_latents(
                     writer.add(request.mask_key(), mask)
             done += len(group)
             progress(done, len(todo))
+    cache.missing(requests)  # so that what was made can be read
 
 
 def _grouped(requests: Sequence[LatentRequest], size: Size) -> Iterator[list[LatentRequest]]:
@@ -203,7 +214,7 @@ class TextCache:
 
 def build_texts(
     cache: TextCache,
-    captions: Iterable[str],
+    captions: Sequence[str],
     encode: Callable[[list[str]], torch.Tensor],
     *,
     rank: int = 0,
@@ -221,3 +232,4 @@ def build_texts(
             for caption, text_LD in zip(group, text_BLD, strict=False):
                 writer.add(digest("text", caption), text_LD)
             progress(begin + len(group), len(todo))
+    cache.missing(captions)  # so that what was made can be read

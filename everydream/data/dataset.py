@@ -11,8 +11,8 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -263,16 +263,17 @@ class Loader:
         context: str | None = None,
         prefetch: int = 4,
     ) -> None:
-        self._loader = DataLoader(
-            _Reported(dataset),
-            batch_size=None,
-            sampler=items,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            multiprocessing_context=(context or start_method()) if num_workers else None,
-            worker_init_fn=_start_worker,
-            prefetch_factor=prefetch if num_workers else None,
-        )
+        with _without_advice():
+            self._loader = DataLoader(
+                _Reported(dataset),
+                batch_size=None,
+                sampler=items,
+                num_workers=num_workers,
+                pin_memory=pin_memory,
+                multiprocessing_context=(context or start_method()) if num_workers else None,
+                worker_init_fn=_start_worker,
+                prefetch_factor=prefetch if num_workers else None,
+            )
         self._iterator: Iterator[Batch | DataError] | None = None
 
     def __iter__(self) -> Loader:
@@ -280,7 +281,9 @@ class Loader:
 
     def __next__(self) -> Batch:
         if self._iterator is None:
-            self._iterator = _started(self._loader)
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
+            with _without_advice():
+                self._iterator = iter(self._loader)
         item = next(self._iterator)
         if isinstance(item, DataError):
             self.close()
@@ -302,9 +305,10 @@ def start_method() -> str:
     return "fork" if sys.platform == "linux" else "spawn"
 
 
-def _started(loader: DataLoader) -> Iterator[Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
+@contextmanager
+def _without_advice() -> Iterator[None]:
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # the number of workers is a setting
         # Python 3.12 warns of forking beside threads; the workers use none of theirs, nor their locks.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        return iter(loader)
+        yield

@@ -55,6 +55,9 @@ class Packs:
 
     def read(self, name: str) -> np.ndarray:
         """float32, a view of the mapped file. Its checksum is proved the first time."""
+        if name not in self._places:
+            missing = self.load([name])
+            assert not missing, f"{missing} not in {self.folder}"
         path, begin, shape, crc = self._places[name]
         if path not in self._maps:
             self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
@@ -111,8 +114,10 @@ class PackWriter:
 
     def flush(self) -> None:
         if self._tensors:
-            sums = {name: str(zlib.crc32(tensor.tobytes())) for name, tensor in self._tensors.items()}
-            _write_synced(self.folder / f"{digest(sorted(self._tensors))}.safetensors", save(self._tensors, sums))
+            path = self.folder / f"{digest(sorted(self._tensors))}.safetensors"
+            if not _header(path)[0]:  # else another run has written the very same
+                sums = {name: str(zlib.crc32(tensor.tobytes())) for name, tensor in self._tensors.items()}
+                _write_synced(path, save(self._tensors, sums))
         self._tensors, self._bytes, self._since = {}, 0, time.monotonic()
 
 
