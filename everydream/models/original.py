@@ -18,6 +18,7 @@ from everydream.models.weights import root, to_published
 
 CONFIG_KEY = "everydream.model"  # in our files' metadata: the configs as JSON, and the tokenizer if it is not CLIP's
 PUBLISHED = Path(__file__).with_name("published")
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_ENCODERS = {
     "cond_stage_model.transformer.": "stable_diffusion_1",
     "cond_stage_model.model.": "stable_diffusion_2",
@@ -39,7 +40,7 @@ def read(path: Path, *, allow_pickle: bool, prediction_type: str | None) -> Foun
     """Raises ConfigError where the file is no Stable Diffusion 1 or 2 model, or does not say what it predicts."""
     header = read_header(path, allow_pickle=allow_pickle)
     text_root = next((r for r in TEXT_ENCODERS if any(name.startswith(r) for name in header.shapes)), None)
-    if text_root is None or "model.diffusion_model.input_blocks.0.0.weight" not in header.shapes:
+    if text_root is None or FIRST not in header.shapes:
         kind = next(
             (kind for sign, kind in OTHERS.items() if any(name.startswith(sign) for name in header.shapes)), None
         )
@@ -93,6 +94,7 @@ def _fit(model: dict[str, Any], header: Header, prediction_type: str | None) -> 
         resolution = int(width)
     model["scheduler"]["prediction_type"] = prediction
     model["unet"]["sample_size"] = resolution // 8
+    model["unet"]["in_channels"] = header.shapes[FIRST][1]  # more than the latents' in inpainting and depth models
     model["tokenizer"] = {"pad": "!" if is_second else END}
 
 
