@@ -46,7 +46,7 @@ from everydream.training.sampling import Parts
 from everydream.training.saver import Exports, Saver
 from everydream.training.schedule import NoSchedule, Schedule
 from everydream.training.trainer import train
-from everydream.training.turns import Part, Trainer
+from everydream.training.turns import Part, Trainer, memory_total
 from everydream.training.update import FusedUpdate, Update
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -230,7 +230,7 @@ class Build:
             save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
             profile=profile,
         )
-        self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs)
+        self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs, memory_total())
         prepared.plugins.after_build(trainer)
         return trainer
 

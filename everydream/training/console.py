@@ -30,6 +30,7 @@ class Display(Protocol):
 
     def say(self, text: str, level: str) -> None: ...
     def progress(self, progress: Progress, done: bool) -> None: ...
+    def begin_task(self) -> None: ...
     def task(self, title: str, count: int, total: int, done: bool) -> None: ...
     def close(self) -> None: ...
 
@@ -72,6 +73,7 @@ class Console:
             with _ignore_broken_stream():
                 self._display.task(title, count, total, done=False)
 
+        self._display.begin_task()
         advance(0)
         try:
             yield advance
@@ -101,6 +103,8 @@ class Silent:
 
     def progress(self, progress: Progress, done: bool) -> None: ...
 
+    def begin_task(self) -> None: ...
+
     def task(self, title: str, count: int, total: int, done: bool) -> None: ...
 
     def close(self) -> None: ...
@@ -111,7 +115,7 @@ class Lines(Silent):
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._due = {"progress": 0.0, "task": 0.0}
+        self._due = {"progress": 0.0, "task": 0.0}  # seconds, monotonic
         self._told = -1
 
     def _is_due(self, kind: str, done: bool) -> bool:
@@ -129,8 +133,11 @@ class Lines(Silent):
             self._told = progress.step
             self.say("  ".join(progress.fields()), "info")
 
+    def begin_task(self) -> None:
+        self._due["task"] = time.monotonic() + LINE_SECONDS  # one line at its end where it is quick
+
     def task(self, title: str, count: int, total: int, done: bool) -> None:
-        if self._is_due("task", done or count == 0):
+        if self._is_due("task", done):
             self.say(f"{title}: {count}/{total}", "info")
 
 

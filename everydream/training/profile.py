@@ -1,6 +1,6 @@
 """Where an update's time goes: a table of phases, and a trace of torch.profiler. `--profile_steps N`.
 
-The first WARM_UP updates are left out (allocators, kernels, compiled graphs), N are timed, then a few are traced: the
+The first WARM_UP updates are left out (allocators, kernels, compiled graphs), N are timed, then TRACED traced: the
 profiler itself slows a step down (twofold on a small model on a CPU), so the timed ones run without it.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from everydream.training.log import NullLog
 
 WARM_UP = 3
-TRACED = 3  # an update of a small UNet is some 10,000 events, 1 MB of gzipped JSON
+TRACED = 1  # an update of a small UNet is some 30,000 events, seconds to write and 1 MB of gzipped JSON
 PHASES = ("data wait", "forward", "backward", "agree", "optimizer", "ema", "validation", "preview", "save")
 
 
@@ -110,7 +110,7 @@ class Profile(NoProfile):
         self._report()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device_type == "cuda")
         with self._failure_is_reported():
-            self._tracer = profile(activities=activities, acc_events=True)
+            self._tracer = profile(activities=activities)
             self._tracer.__enter__()
 
     def _report(self) -> None:

@@ -294,3 +294,12 @@ def memory_bytes() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+def memory_total() -> int:
+    """What memory_bytes is measured against."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    import psutil
+
+    return psutil.virtual_memory().total
