@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST := $(QUIET) $(BIN)/python -m pytest
 
-.PHONY: help demo check format test test-long test-faults test-gpu bench bench-gpu generate clean
+.PHONY: help demo check format test test-long test-faults test-gpu wheel bench bench-gpu generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,14 @@ test-faults: $(VENV)/.installed ## all injected faults, in their long form
 
 test-gpu: $(VENV)/.installed ## what needs a CUDA card
 	$(PYTEST) -m "gpu"
+
+wheel: $(VENV)/.installed ## build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+bench: $(VENV)/.installed ## docs/speed.md's figures for a CPU, anew (half an hour)
+	$(QUIET) $(BIN)/python bench/startup.py
+	$(QUIET) $(BIN)/python bench/speed.py --size demo small --batch 1 4 --json bench/results/speed.json
+	$(QUIET) $(BIN)/python bench/speed.py --size demo --batch 4 --processes 1 2 --json bench/results/processes.json
 
 generate: $(VENV)/.installed ## schemas/ and docs/settings.md, from the settings' definition
 	$(BIN)/python -m everydream.config.generate

@@ -10,15 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.config.cli import settings_or_exit
-
-
-def main() -> int:
-    resolved = settings_or_exit(sys.argv[1:])
-    from everydream.training.build import run  # torch and the rest: only once the settings are right
-
-    return run(resolved)
-
+from everydream.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main())

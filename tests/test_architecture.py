@@ -18,7 +18,8 @@ ALLOWED: dict[str, set[str]] = {
     "optim": {"optim"},
     "models": {"models", "diffusion"},
     "training": {"runtime", *PACKAGES} - {"config"},
-    "scripts": {"config", "training"},
+    "scripts": {"config", "training", "__main__"},
+    "__main__": {"config", "training"},
 }
 EXTRA = {  # file -> what it may import beyond its package's arrows
     "everydream/training/build.py": {"config"},  # settings stop at this door
