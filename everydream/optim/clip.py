@@ -13,6 +13,13 @@ import torch
 Parts = Mapping[str, Sequence[torch.nn.Parameter]]
 
 
+def grad_holders(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    """The parameters whose `.grad` hold all of the optimizer's gradients: its own, or its few flat buffers."""
+    bare = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
+    flat = getattr(bare, "flat", None)
+    return flat.handles if flat else [p for group in bare.param_groups for p in group["params"]]
+
+
 def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
 

@@ -1,4 +1,4 @@
-"""One update of some of an optimizer's parameters, whatever the optimizer."""
+"""What holds for any optimizer: an update of some of its parameters, and a twin that follows its settings."""
 
 from __future__ import annotations
 
@@ -30,3 +30,10 @@ def step_only(optimizer: torch.optim.Optimizer) -> StepOnly:
                 group["params"] = members
 
     return step
+
+
+def follow(twin: torch.optim.Optimizer, leader: torch.optim.Optimizer) -> None:
+    """Give an optimizer of the same class on other parameters the leader's group values and numbers of its own."""
+    for theirs, ours in zip(twin.param_groups, leader.param_groups, strict=True):
+        theirs.update({key: value for key, value in ours.items() if key != "params"})
+    vars(twin).update({key: value for key, value in vars(leader).items() if type(value) is float})  # Lion's _init_lr

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from everydream.draws import torch_seed
+from everydream.optim.partial import follow
 
 CHUNK = 2**24  # elements at a time: 64 MiB of weights and as much of gradients
 COUNT = "rounded_steps"  # in the first group, so that it is saved and resumed with the optimizer
@@ -73,12 +74,10 @@ class Rounding:
     @torch.no_grad()
     def step_only(self, params: Iterable[torch.nn.Parameter]) -> None:
         """One update of these parameters, which have gradients; the others are not looked at."""
-        for ours, twins in zip(self.optimizer.param_groups, self.twin.param_groups, strict=True):
-            twins.update({key: value for key, value in ours.items() if key != "params"})
+        follow(self.twin, self.optimizer)
         for chunk in _chunks(params):
             self._step_chunk(chunk)
-        for ours, twins in zip(self.optimizer.param_groups, self.twin.param_groups, strict=True):
-            ours.update({key: value for key, value in twins.items() if key != "params"})
+        follow(self.optimizer, self.twin)
 
     def _step_chunk(self, chunk: Sequence[torch.nn.Parameter]) -> None:
         sizes = [p.numel() for p in chunk]

@@ -40,6 +40,7 @@ class Row:
     moments: float = 2  # stored per weight; Adafactor keeps a row and a column of each matrix: 0
     fused_flag: bool = False  # takes fused=True: one kernel for all tensors
     can_skip_on_device: bool = False  # looks at `found_inf` itself, so that the host need not wait for it
+    elementwise: bool = False  # each weight is updated from its own gradient and state alone: may be laid flat
     has_train_eval: bool = False  # optimizer.eval() before saving, previews and validation, optimizer.train() after
     on_cpu: str = ""
     cannot_clip: str = ""
@@ -70,11 +71,12 @@ _PAGED = "paging needs CUDA: on a CPU it runs exactly as {} does"
 
 _ROWS = (
     Row("adamw", "torch.optim.AdamW", "the reference: exact, fast, 8 bytes of state a weight", defaults=_ADAM,
-        fused_flag=True, can_skip_on_device=True),
+        fused_flag=True, can_skip_on_device=True, elementwise=True),
     Row("adamw8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with its state in 8 bits: the default on a GPU",
         defaults=_ADAM, package="bitsandbytes", state_bits=8, on_cpu="it is about ten times slower than adamw there"),
     Row("lion", "lion_pytorch.Lion", "the sign of a momentum: half of AdamW's state; a tenth of its lr",
-        hyperparameters=("betas", "weight_decay"), defaults=_LION, package="lion-pytorch", moments=1),
+        hyperparameters=("betas", "weight_decay"), defaults=_LION, package="lion-pytorch", moments=1,
+        elementwise=True),
     Row("lion8bit", "bitsandbytes.optim.Lion8bit", "Lion with its momentum in 8 bits: 1 byte of state a weight",
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1),
     Row("paged_adamw8bit", "bitsandbytes.optim.PagedAdamW8bit", "adamw8bit whose state may move to host memory",
@@ -97,7 +99,7 @@ _ROWS = (
         notes="torch's Muon takes 2-D weights only; convolutions, norms and biases are AdamW's"),
     Row("sgd", "torch.optim.SGD", "plain gradient descent: no state without args.momentum",
         hyperparameters=("weight_decay",), defaults={"lr": 1e-3, "weight_decay": 0.0}, moments=0,
-        fused_flag=True, can_skip_on_device=True),
+        fused_flag=True, can_skip_on_device=True, elementwise=True),
     Row("prodigy", "prodigyopt.Prodigy", "AdamW that finds its own lr; leave lr at 1",
         defaults={"lr": 1.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
         package="prodigyopt", extra="prodigy", moments=4,
