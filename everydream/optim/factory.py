@@ -118,6 +118,16 @@ def flat_pays(name: str, groups: Sequence[Group], device: str | torch.device, pr
     return row is not None and row.elementwise and is_cpu and processes == 1 and mean < SMALL_TENSOR
 
 
+def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Schedule-free optimizers keep two sets of weights: eval() before a save, preview or validation, train() after.
+
+    Does nothing for the others.
+    """
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if switch is not None:
+        switch()
+
+
 def fused_on(device: str | torch.device) -> bool:
     """Whether torch has fused AdamW and SGD kernels for this device (CPU and CUDA both, since torch 2.5)."""
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
