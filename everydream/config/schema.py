@@ -68,7 +68,7 @@ Schedule = Literal[SCHEDULES]  # type: ignore[valid-type]
 
 class Tree(BaseModel):
     model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=False
+        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True
     )
 
 
