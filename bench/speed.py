@@ -1,4 +1,4 @@
-"""Steps a second of the trainer beside a bare loop: python bench/speed.py [--size demo small] [--batch 1 4] [--json FILE]
+"""Steps a second of the trainer beside a bare loop: python bench/speed.py [--size demo small] [--batch 1 4]
 
 The bare loop has cached latents and text, forward, backward, clip, optimizer: nothing else. The trainer is launched as
 users launch it, checkpoints and previews off, log_step 10. Both train the same UNet with fused AdamW and clipping at 1,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -53,7 +53,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def run(resolved: Resolved) -> int:
-    """The whole run. Returns the exit code; what is the user's to mend is printed without a traceback."""
+    """The whole run, or the plan of a dry one. Returns the exit code."""
+    return _guarded(resolved, Build.run)
+
+
+def cache(resolved: Resolved) -> int:
+    """Only the caches that the run would make, class pictures included. Returns the exit code."""
+    return _guarded(resolved, Build.cache)
+
+
+def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
+    """What is the user's to mend is printed without a traceback. `work` returns a signal's number, 0 for none."""
     settings = resolved.settings
     quiet_libraries(settings.verbose)
     stop = StopRequest()
@@ -70,7 +80,7 @@ def run(resolved: Resolved) -> int:
                 print(plan_text(prepared))
             return 0
         build = Build(prepared)
-        signum = build.run()
+        signum = work(build)
         code, reason = (128 + signum, f"stopped by signal {signum}, and saved") if signum else (0, "finished")
     except EveryDreamError as error:
         code, reason = error.exit_code, str(error)
@@ -108,6 +118,14 @@ class Build:
         self._say_results(trainer, signum)
         return signum
 
+    def cache(self) -> int:
+        self.load()
+        make_inputs(self.prepared, self.family, self.sets)
+        for note in dict.fromkeys(self.prepared.notes):
+            self.console.say(note)
+        self.console.say(f"the caches are in {self.prepared.cache_dir}")
+        return 0
+
     def close(self, code: int, reason: str) -> None:
         if self.saver is not None:
             self.saver.join()
@@ -117,8 +135,8 @@ class Build:
         if self._held is not None:
             self._held.lock.release()
 
-    def trainer(self) -> Trainer:
-        prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
+    def load(self) -> None:
+        prepared, settings, ranks = self.prepared, self.settings, self.ranks
         # 6. Weights.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
         self.family = load(
@@ -143,6 +161,10 @@ class Build:
             make_class_pictures(prepared, self.family)
             samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
             self.sets["class"] = prepared.picture_set("class", samples)
+
+    def trainer(self) -> Trainer:
+        prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
+        self.load()
         # 8. The run's folder and its log: from here on things are written.
         self.state = start.state
         prepared.notes += what_differs(start, ranks.count, torch.get_num_threads())
