@@ -13,7 +13,7 @@ from examples.demo.making import world
 
 TOKEN = "sks"
 BODY, BELLY, EYE, PUPIL, ANTENNA = (26, 148, 150), (240, 158, 184), (248, 248, 248), (20, 20, 30), (122, 70, 30)
-SIZES = {"small": 0.26, "medium": 0.32, "large": 0.38}  # half the height as a share of the picture's shorter side
+SIZES = {"small": 0.28, "medium": 0.34, "large": 0.42}  # half the height as a share of the picture's shorter side
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ PICTURES = (
     (Pose("red", "medium", "left"), (160, 96)),
     (Pose("yellow", "large", "middle"), (128, 128)),
     (Pose("white", "medium", "right"), (160, 96)),
-    (Pose("red", "large", "bottom"), (96, 160)),
-    (Pose("blue", "medium", "middle"), (128, 128)),
+    (Pose("red", "medium", "bottom"), (96, 160)),
+    (Pose("blue", "large", "middle"), (128, 128)),
     (Pose("yellow", "medium", "top"), (96, 160)),
-    (Pose("white", "large", "left"), (128, 128)),
-    (Pose("blue", "large", "bottom"), (128, 128)),
+    (Pose("white", "medium", "left"), (128, 128)),
+    (Pose("blue", "medium", "bottom"), (128, 128)),
 )
 
 
@@ -92,7 +92,7 @@ def render(pose: Pose, size: tuple[int, int] = (64, 64), seed: int = 0, form: Fo
     else:
         draw.polygon([at(0.75 * px, 0.2 + 0.75 * py) for px, py in world.outline(form.body_shape)], fill=body)
     ellipse(0.0, 0.45, 0.42, 0.36, form.belly)
-    for px in {0: (), 1: (0.0,), 2: (-0.27, 0.27), 3: (-0.4, 0.0, 0.4)}[form.eyes]:
-        ellipse(px, -0.08, 0.21, 0.23, EYE)
-        ellipse(px + 0.04, -0.05, 0.11, 0.12, PUPIL)
+    for px in {0: (), 1: (0.0,), 2: (-0.28, 0.28), 3: (-0.46, 0.0, 0.46)}[form.eyes]:
+        ellipse(px, -0.08, 0.25, 0.27, EYE)
+        ellipse(px + 0.04, -0.05, 0.13, 0.15, PUPIL)
     return image.resize(size, Image.Resampling.BOX)
