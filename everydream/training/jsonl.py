@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -54,7 +55,8 @@ def _append(fd: int, data: bytes) -> None:
         while done < len(data):
             done += os.write(fd, data[done:])
     except OSError:
-        os.ftruncate(fd, start)
+        with contextlib.suppress(OSError):  # what is no file (a pipe) keeps what it has
+            os.ftruncate(fd, start)
         raise
 
 

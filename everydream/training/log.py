@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SAMPLES = "samples"
 EVENTS, METRICS, SCHEDULE = "events.jsonl", "metrics.jsonl", "schedule.jsonl"
 LEVELS = ("debug", "info", "warning", "error")
-CLOSE_SECONDS = 60.0  # for trackers to send what they have; then the run ends without them
+CLOSE_SECONDS = 120.0  # for trackers to send what they have; then the run ends without them
 REPORT_SECONDS = 60.0  # between two refreshes during training
 REPORT_SHARE = 0.01  # and at most this share of the time
 
@@ -198,6 +198,8 @@ class Tracker:
             return
         if self._tracker is None:
             self._tracker = self._make()
+            if self._tracker.where:
+                self.log.event("tracker", f"{self.name}: {self._tracker.where}")
         getattr(self._tracker, method)(*arguments)
 
     def _finish(self) -> None:

@@ -19,6 +19,7 @@ class TensorBoard(TensorBoardTracker):
     """Event files in the run folder itself: `tensorboard --logdir logs` shows each run under its folder's name."""
 
     main_process_only = False  # made on rank 0 alone, so nothing needs to ask which rank this is
+    where = ""  # it is in the run folder
 
     def __init__(self, folder: Path, project: str, run_name: str, resumed_step: int | None) -> None:
         # purge_step hides what an earlier part of the run logged after the checkpoint that this one resumed from.
@@ -60,6 +61,13 @@ class WandB(WandBTracker):
         super().__init__(
             project, name=run_name, dir=str(folder), id=_kept_id(folder), resume="allow", settings=settings
         )
+
+    @property
+    def where(self) -> str:
+        """Where a person finds it."""
+        if not self.run.offline:
+            return self.run.url or ""
+        return f"offline; send it later with `wandb sync {Path(self.run.dir).parent}`"
 
     def start(self) -> None:
         super().start()
