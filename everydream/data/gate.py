@@ -41,11 +41,15 @@ def check_pictures(
     max_megapixels: float = 100.0,
     workers: int = 4,
     memory: Path | None = None,
+    remember: bool = True,
     progress: Progress = no_progress,
 ) -> dict[Path, Checked]:
-    """What verify() says of each file, decoding only those that changed since `memory` (a folder) was written."""
+    """What verify() says of each file, decoding only those that changed since `memory` (a folder) was written.
+
+    `remember` False: the memory is read, and left as it is.
+    """
     wanted = sorted(set(paths))
-    known = _Memory(memory)
+    known = _Memory(memory, remember)
     results: dict[Path, Checked] = {}
     stale: list[tuple[Path, _Stamp | None]] = []
     for path in wanted:
@@ -111,8 +115,8 @@ class _Memory:
     """What is known of the pictures in each folder: one JSON file a folder, name → [size, mtime_ns, *facts]. Only good
     pictures are remembered, so that a mended one is looked at again whatever its time says."""
 
-    def __init__(self, place: Path | None) -> None:
-        self.place = place
+    def __init__(self, place: Path | None, remember: bool) -> None:
+        self.place, self.remember = place, remember
         self.rows: dict[Path, dict[str, list]] = {}
         self.fresh: set[Path] = set()
 
@@ -134,7 +138,7 @@ class _Memory:
 
     def save(self) -> None:
         """Two runs at once: the last one's file stays, and is as true as the other's."""
-        if self.place is None:
+        if self.place is None or not self.remember:
             return
         for folder in self.fresh:
             there = set(os.listdir(folder)) if folder.is_dir() else set()

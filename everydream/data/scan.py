@@ -64,6 +64,7 @@ def scan(
     masked_loss: bool = False,
     workers: int = 4,
     cache_dir: Path | None = None,
+    remember: bool = True,
     progress: Progress = no_progress,
 ) -> Scan:
     """Find, read and decode everything once. `progress` may raise to stop; what was checked so far is kept."""
@@ -83,6 +84,7 @@ def scan(
         max_megapixels=max_image_megapixels,
         workers=workers,
         memory=None if cache_dir is None else cache_dir / "scan",
+        remember=remember,
         progress=progress,
     )
     samples = [sample for found in pictures if (sample := _sample(found, checked, masked_loss, findings)) is not None]

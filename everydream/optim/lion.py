@@ -17,7 +17,12 @@ def update_in_blocks(
     beta1: float,
     beta2: float,
 ) -> None:
-    """In the place of lion_pytorch.Lion's `update_fn`, equal bit for bit (Chen et al. 2023, alg. 2). 1-D tensors."""
+    """In the place of lion_pytorch.Lion's `update_fn`, equal bit for bit (Chen et al. 2023, alg. 2)."""
+    if p.dim() > 1:  # a tensor that stays by itself: its blocks would be rows
+        from lion_pytorch.lion_pytorch import update_fn
+
+        update_fn(p, grad, exp_avg, lr, wd, beta1, beta2)
+        return
     buffer = torch.empty(min(BLOCK, p.numel()), dtype=p.dtype, device=p.device)
     for weight, gradient, average in zip(p.detach().split(BLOCK), grad.split(BLOCK), exp_avg.split(BLOCK), strict=True):
         update = buffer[: weight.numel()]

@@ -22,6 +22,7 @@ from everydream.data.dataset import Loader
 from everydream.errors import DataError, EveryDreamError, Stopped
 from everydream.models.family import load
 from everydream.optim import factory
+from everydream.optim.clip import grad_holders
 from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
@@ -221,7 +222,7 @@ class Build:
             family=self.family,
             objective=prepared.objective,
             optimizers=optimizers,
-            parameters={part: list(parameters.values()) for part, parameters in trained.items()},
+            parameters={part: grad_holders(optimizer) for part, optimizer in optimizers.items()},
             batches=self.loader,
             stream=stream,
             batch_size=settings.batch_size,
@@ -277,17 +278,20 @@ class Build:
         self.log.event("plan", sections=plan_sections(self.prepared))
 
     def _part(self, name: str) -> Part:
+        settings, groups = self.settings, self.groups[name]
         chosen = self.prepared.resolved.optimizers[name]
+        may_be_flat = settings.weights_dtype == "float32" and not settings.fused_backward
         optimizer = factory.make(
             chosen.optimizer,
-            self.groups[name],
+            groups,
             lr=chosen.lr,
             betas=chosen.betas,
             epsilon=chosen.epsilon,
             weight_decay=chosen.weight_decay,
             args=chosen.args,
             device=self.ranks.device,
-            rounding_seed=self.settings.seed if self.settings.weights_dtype == "bfloat16" else None,
+            rounding_seed=settings.seed if settings.weights_dtype == "bfloat16" else None,
+            flat=may_be_flat and factory.flat_pays(chosen.optimizer, groups, self.ranks.device, self.ranks.count),
         )
         horizon = chosen.lr_decay_steps or self.state.lr_horizon or self.prepared.clock.total_steps
         if chosen.lr_decay_steps is None:

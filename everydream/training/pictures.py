@@ -29,6 +29,7 @@ class Gate:
     masked_loss: bool
     workers: int
     cache_dir: Path
+    remember: bool  # False: nothing is written, not even what was learned
     ranks: Ranks
 
     def check(self, roots: Sequence[Root], progress: Progress = no_progress) -> Scan:
@@ -44,6 +45,7 @@ class Gate:
                 masked_loss=self.masked_loss,
                 workers=self.workers,
                 cache_dir=self.cache_dir,
+                remember=self.remember,
                 progress=progress if self.ranks.is_main else no_progress,
             )
             found.usable(self.bad_images)

@@ -177,6 +177,7 @@ class Prepared:
             masked_loss=settings.masked_loss,
             workers=os.cpu_count() or 1 if settings.scan_workers is None else settings.scan_workers,
             cache_dir=self.cache_dir,
+            remember=self.resolved.action != "dry_run",
             ranks=self.ranks,
         )
         samples = self.scan("subject", settings.data_root, settings.instance_prompt)

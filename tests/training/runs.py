@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from everydream.config.resolve import resolve
+from everydream.config.cli import settings_or_exit
 
 
 @contextmanager
@@ -35,7 +35,11 @@ def start(*argv: object) -> int:
 
     torch.manual_seed(torch.initial_seed() ^ 12345)  # whatever the process drew before must not matter
     with clean_process():
-        return run(resolve([str(word) for word in argv], {}))
+        try:
+            resolved = settings_or_exit([str(word) for word in argv])
+        except SystemExit as end:
+            return int(end.code or 0)
+        return run(resolved)
 
 
 def options(model: Path, pictures: Path, folder: Path, **settings: Any) -> list[str]:

@@ -90,7 +90,9 @@ def test_validation_and_previews_leave_no_trace(tiny_model: Path, pictures: Path
     prompts = tmp_path / "prompts.json"
     prompts.write_text('{"steps": 2, "size": [32, 32], "prompts": ["a thing"]}')
     watch = tmp_path / "validation.json"
-    watch.write_text('{"val_split_mode": "none", "stabilize_training_loss": true, "every_n_epochs": 0, "every_n_steps": 2}')
+    watch.write_text(
+        '{"val_split_mode": "none", "stabilize_training_loss": true, "every_n_epochs": 0, "every_n_steps": 2}'
+    )
     plain = options(tiny_model, pictures, tmp_path / "plain", ema_decay_rate=0.9)
     watched = options(
         tiny_model,

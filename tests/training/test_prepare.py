@@ -1,0 +1,107 @@
+"""What is checked before anything is written: --dry_run, refusals, processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from everydream.errors import ConfigError
+from everydream.runtime import asked_processes, refuse_lone_process
+from everydream.training.prepare import accumulation
+from tests.tiny import make_pictures
+from tests.training.runs import options, start
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def test_a_dry_run_prints_the_plan_and_creates_nothing(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", 7, size=[(64, 64), (96, 64)], captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, max_epochs=3, max_steps=None, grad_accum=2)
+    before = everything_in(tmp_path)
+    assert start(*words, "--dry_run") == 0
+    assert everything_in(tmp_path) == before
+    plan = capsys.readouterr().out
+    # 4 square and 3 wide pictures in batches of 2: 6 and 4 whole ones in 3 epochs, one wide picture is left over
+    for line in ("samples: 7", "total steps: 5", "1 pictures of the last epoch fill no batch", "unet", "text_encoder"):
+        assert line in plan
+
+
+def test_the_dry_run_counts_what_training_uses(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tests.training.runs import lines, only_run
+
+    make_pictures(tmp_path / "pictures", 5, captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, max_epochs=3, max_steps=None, write_schedule=True)
+    assert start(*words, "--dry_run") == 0
+    total = int(capsys.readouterr().out.split("total steps: ")[1].split(",")[0])
+    assert start(*words) == 0
+    schedule = lines(only_run(tmp_path) / "schedule.jsonl")
+    assert [line["step"] for line in schedule] == list(range(1, total + 1))
+    names = [name for line in schedule for name in line["samples"]]
+    assert sorted(names.count(name) for name in set(names)) == [2, 3, 3, 3, 3]  # 15 draws, 14 in whole batches
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_model": "/nowhere/model"}, "/nowhere/model"),
+        ({"data_root": "/nowhere/pictures"}, "/nowhere/pictures"),
+        ({"global_batch_size": 3}, "global_batch_size must be a multiple"),
+        ({"max_steps": None, "max_epochs": 1, "batch_size": 64}, "gives no update"),
+        ({"clip_skip": 3}, "has 3 layers"),
+        ({"resume": "/nowhere/run"}, "/nowhere/run"),
+        ({"plugins": "nowhere.Plugin"}, "nowhere"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    settings: dict[str, object], message: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", 3, captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, **settings)
+    assert start(*words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_broken_picture_ends_the_run_or_is_left_out(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", 4, captions="a thing")
+    (tmp_path / "pictures" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, max_steps=1)
+    assert start(*words) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+    assert start(*words, "--bad_images", "skip") == 0
+
+
+def test_global_batch_size_is_divided_among_processes() -> None:
+    assert accumulation(2, 1, 8, 1) == 4
+    assert accumulation(2, 1, 8, 2) == 2
+    assert accumulation(2, 3, None, 2) == 3
+    with pytest.raises(ConfigError, match="cannot be divided by 3 processes"):
+        accumulation(2, 1, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"),
+    [
+        (["python", "accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"], 2),
+        (["python", "accelerate", "launch", "--num-processes=4", "x.py"], 4),
+        (["python", "accelerate", "launch", "x.py"], 1),
+        (["bash"], 1),
+    ],
+)
+def test_one_process_where_more_were_asked_for_is_refused(command: list[str], wanted: int) -> None:
+    assert asked_processes(command) == wanted
+    if wanted > 1:
+        with pytest.raises(ConfigError, match=f"asked for {wanted} processes and started one"):
+            refuse_lone_process({}, command)
+        refuse_lone_process({"WORLD_SIZE": str(wanted)}, command)
+    else:
+        refuse_lone_process({}, command)
