@@ -33,7 +33,7 @@ format: $(VENV)/.installed ## write what `make check` wants
 	$(BIN)/ruff check --fix .
 
 test: $(VENV)/.installed ## the tests (a few minutes on 2 cores)
-	$(PYTEST) -n 2 --dist loadgroup -m "not long and not gpu"
+	$(PYTEST) -n 2 --dist loadfile -m "not long and not gpu"
 
 test-long: $(VENV)/.installed ## many kills, other environments, the documentation's commands
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '.[wandb]' -c constraints.txt
@@ -52,6 +52,9 @@ bench: $(VENV)/.installed ## docs/speed.md's figures for a CPU, anew (half an ho
 	$(QUIET) $(BIN)/python bench/startup.py
 	$(QUIET) $(BIN)/python bench/speed.py --size demo small --batch 1 4 --json bench/results/speed.json
 	$(QUIET) $(BIN)/python bench/speed.py --size demo --batch 4 --processes 1 2 --json bench/results/processes.json
+
+bench-gpu: $(VENV)/.installed ## the same on a CUDA card
+	$(BIN)/python bench/gpu.py --json bench/results/gpu.json
 
 generate: $(VENV)/.installed ## schemas/ and docs/settings.md, from the settings' definition
 	$(BIN)/python -m everydream.config.generate

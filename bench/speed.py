@@ -197,7 +197,8 @@ def machine() -> dict[str, Any]:
 
     import torch
 
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "")
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if "model name" in line), "")
     return {"processor": name, "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__}
 
 
