@@ -97,7 +97,7 @@ def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Sour
     key = option[3:] if negated else option
     name = ALIASES[key].key if key in ALIASES else key
     if key in RETIRED:
-        report.note(RETIRED[key].say(shown), COMMAND_LINE)
+        report.note_at(COMMAND_LINE, RETIRED[key].say(shown))
     elif name not in fields or (negated and bool not in fields[name].types):
         hint = nearest(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
         report.problem(COMMAND_LINE, f"{shown} is not a setting.{hint}")

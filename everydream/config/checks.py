@@ -28,6 +28,14 @@ def check(entries: Mapping[str, Entry], wrong: set[str], processes: int, strict:
     rules.missing_paths(strict)
 
 
+# os.path's, not pathlib's: an impossible name (too long, NUL) is not there, instead of an OSError
+EXISTS: Mapping[str, Callable[[Path], bool]] = {
+    "folder": os.path.isdir,
+    "file": os.path.isfile,
+    "folder or file": os.path.exists,
+}
+
+
 class _Rules:
     def __init__(self, entries: Mapping[str, Entry], report: Report) -> None:
         self.entries, self.report = entries, report
@@ -105,16 +113,12 @@ class _Rules:
 
     def missing_paths(self, strict: bool) -> None:
         for key, path, wanted in self._paths():
-            exists = path.is_dir() if wanted == "folder" else path.is_file() if wanted == "file" else path.exists()
-            if exists:
+            if EXISTS[wanted](path):
                 continue
             entry = self.entries[key]
-            kind = wanted if not path.exists() else f"{wanted} (it is something else)"
-            text = f"{_short(key)}: there is no {kind} {path}"
-            if strict:
-                self.report.problem(entry.place or entry.origin, text)
-            else:
-                self.report.note(text, entry.place or entry.origin)
+            kind = f"{wanted} (it is something else)" if os.path.exists(path) else wanted
+            say = self.report.problem if strict else self.report.note_at
+            say(entry.place or entry.origin, f"{_short(key)}: there is no {kind} {path}")
 
     def _paths(self) -> Iterator[tuple[str, Path, str]]:
         """Paths that must be there: setting, path, "folder", "file" or "folder or file"."""

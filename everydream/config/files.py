@@ -89,7 +89,7 @@ class File:
             if value is None and (field_name in model.model_fields or key in retired):
                 continue  # an unknown key is a mistake whatever its value
             if key in retired:
-                self.report.note(retired[key].say(name), place)
+                self.report.note_at(place, retired[key].say(name))
             elif field_name not in model.model_fields:
                 hint = nearest(key, [*model.model_fields, *aliases, *others])
                 self.report.problem(place, f"{name} is not a setting.{hint}")

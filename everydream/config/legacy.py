@@ -98,5 +98,5 @@ def translate(key: str, value: Any, place: str, report: Report) -> Any:
 def means_null(key: str, value: Any, name: str, place: str, report: Report) -> bool:
     if isinstance(value, bool) or key not in MEANS_NULL or value != MEANS_NULL[key]:
         return False
-    report.note(f"{name} {value} is taken as null", place)
+    report.note_at(place, f"{name} {value} is taken as null")
     return True

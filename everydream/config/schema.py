@@ -48,7 +48,7 @@ def _model(value: Any, info: ValidationInfo) -> Any:
         return value
     path = absolute(value, (info.context or {}).get("folder", Path()))
     written_as_path = value.startswith((".", "/", "~")) or "\\" in value or value.endswith(WEIGHT_FILES)
-    return str(path) if written_as_path or path.exists() else value
+    return str(path) if written_as_path or os.path.exists(path) else value
 
 
 _NAME = r"^[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]{0,99}$"
@@ -67,9 +67,7 @@ Schedule = Literal[SCHEDULES]  # type: ignore[valid-type]
 
 
 class Tree(BaseModel):
-    model_config = ConfigDict(
-        strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True
-    )
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 class Settings(Tree):
@@ -199,7 +197,7 @@ class Settings(Tree):
     class_prompt: Text | None = Field(
         None,
         description="Caption of class pictures that have none, and the prompt that missing ones are made with. "
-        "Null: each needs a caption of its own.",
+        "Null: the file name, as for other pictures.",
     )
     num_class_images: Count | None = Field(
         None,
@@ -365,11 +363,14 @@ class Settings(Tree):
     )
 
     sample_prompts: FilePath | None = Field(
-        None, description="File with the prompts of preview pictures, .txt (one a line) or .json. Null: no previews."
+        None,
+        description="File with the prompts of preview pictures, .txt (one a line) or .json; read anew each time. "
+        "Null: no previews.",
     )
     sample_steps: Annotated[int, Field(ge=0)] = Field(
         300,
-        description="Optimizer updates between two previews, 0 or more; 0: none. There is one before training, too.",
+        description="Optimizer updates between two previews, 0 or more; there are also some before training and at its "
+        "end. 0: no previews at all.",
     )
 
     validation_config: FilePath | None = Field(

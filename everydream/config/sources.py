@@ -52,8 +52,11 @@ class Report:
     def problem(self, place: str, text: str) -> None:
         self._add(self.problems, f"{place}: {text}")
 
-    def note(self, text: str, place: str = "") -> None:
-        self._add(self.notes, f"{place}: {text}" if place else text)
+    def note(self, text: str) -> None:
+        self._add(self.notes, text)
+
+    def note_at(self, place: str, text: str) -> None:
+        self._add(self.notes, f"{place}: {text}")
 
     @staticmethod
     def _add(texts: list[str], text: str) -> None:

@@ -158,6 +158,7 @@ HAND_WRITTEN = [
     train("empty text", '"instance_prompt": ""', "a text that is not empty"),
     train("empty path", '"logdir": ""', "logdir is"),
     train("NUL in a path", '"logdir": "a\\u0000b"', "logdir is"),
+    train("a name too long for any disk", f'"sample_prompts": "{"x" * 5000}"', "sample_prompts: there is no file"),
     train("plugin without package", '"plugins": ["Stop"]', "plugins is"),
     train("plugin as text", '"plugins": "a.B"', "plugins is"),
     train("device", '"ema_device": "gpu"', "ema_device is"),

@@ -97,7 +97,7 @@ def oracle_text_encoder(
     return (inherited, base[1]) if own is None else (own, "optimizer.json")
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(
     line=stated(TOP), train=stated(TOP), base=stated(PART), text=stated(PART),
     scale=st.sampled_from([None, 0, 0.5, 1]), nested=st.booleans(), named_by=st.sampled_from(["line", "train", "none"]),

@@ -37,7 +37,7 @@ def same(one: Resolved, other: Resolved) -> bool:
     )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.fixed_dictionaries({}, optional={
         "seed": st.sampled_from([-1, 3]), "max_steps": st.just(9), "max_epochs": st.just(2),
