@@ -152,6 +152,16 @@ def freeze(named: Mapping[str, torch.nn.Parameter], frozen: Collection[str]) -> 
         param.requires_grad_(name not in frozen)
 
 
+# A token embedding has far more rows than columns (49,408 × 768), a layer of Stable Diffusion at most 8 times as many
+# or as few (feed-forward: 10,240 × 1,280). An optimizer sees no names.
+MOST_LOPSIDED = 16
+
+
+def takes_muon(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is Muon's or AdamW's (muon.py)."""
+    return len(shape) == 2 and max(shape) <= MOST_LOPSIDED * min(shape)
+
+
 def param_groups(groups: Sequence[Group], **common: Any) -> list[dict[str, Any]]:
     """What torch optimizers take. A group's own weight decay stands over `common`'s."""
     own = ({} if group.weight_decay is None else {"weight_decay": group.weight_decay} for group in groups)

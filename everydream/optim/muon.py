@@ -14,14 +14,7 @@ from typing import Any
 import torch
 
 from everydream.optim.composite import Composite
-
-# A token embedding has far more rows than columns (49,408 × 768), a layer of Stable Diffusion at most 8 times as many
-# or as few (feed-forward: 10,240 × 1,280). Names are not known here, shapes are.
-MOST_LOPSIDED = 16
-
-
-def takes_muon(shape: Sequence[int]) -> bool:
-    return len(shape) == 2 and max(shape) <= MOST_LOPSIDED * min(shape)
+from everydream.optim.groups import takes_muon
 
 
 class MuonWithAdamW(Composite):

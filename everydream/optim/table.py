@@ -37,7 +37,7 @@ class Row:
     extra: str | None = None  # pip install everydream[extra]
     notes: str = ""
     state_bits: int = 32  # of each moment, for tensors of at least 4,096 elements
-    moments: float = 2  # stored per weight; Adafactor keeps a row and a column of each matrix: 0
+    moments: float | None = 2  # numbers of state a weight, about (memory.py counts exactly); None: not known
     fused_flag: bool = False  # takes fused=True: one kernel for all tensors
     can_skip_on_device: bool = False  # looks at `found_inf` itself, so that the host need not wait for it
     elementwise: bool = False  # each weight is updated from its own gradient and state alone: may be laid flat
@@ -129,7 +129,7 @@ def row_of(name: str) -> Row | None:
     if not is_dotted(name):
         return None
     reason = "nothing is known about this class"
-    return Row(name, name, "a class of your own", defaults={"lr": LR}, package=name.split(".")[0],
+    return Row(name, name, "a class of your own", defaults={"lr": LR}, package=name.split(".")[0], moments=None,
                cannot_fuse=reason, cannot_round=reason)  # fmt: skip
 
 

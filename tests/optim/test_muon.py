@@ -9,7 +9,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 from everydream.optim.composite import Composite
-from everydream.optim.muon import takes_muon
+from everydream.optim.groups import takes_muon
 from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
 
 
