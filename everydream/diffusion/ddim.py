@@ -59,10 +59,13 @@ class Ddim:
     def scale_model_input(self, x_BCHW: Tensor, t: Tensor) -> Tensor:
         return x_BCHW
 
+    def alpha_bar(self, t: Tensor) -> Tensor:
+        return self._alphas_bar[int(t)]
+
     def step(self, prediction_BCHW: Tensor, t: Tensor, x_BCHW: Tensor, return_dict: bool = False) -> tuple[Tensor]:
         """x_t → x at the timestep before: √ᾱ'·x_0 + √(1−ᾱ')·ε with what the prediction says x_0 and ε are."""
         before = int(t) - self._stride
-        alpha_bar = self._alphas_bar[int(t)]
+        alpha_bar = self.alpha_bar(t)
         alpha_bar_before = self._alphas_bar[before] if before >= 0 else self._end
         x0_BCHW, noise_BCHW = self._split(x_BCHW, prediction_BCHW, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
         return (alpha_bar_before.sqrt() * x0_BCHW + (1 - alpha_bar_before).sqrt() * noise_BCHW,)
