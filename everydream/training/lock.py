@@ -12,7 +12,7 @@ from types import TracebackType
 
 from everydream.errors import ConfigError, SaveError
 
-_held: set[Path] = set()  # the system's locks are a process's: a second one in the same process would be granted
+_held: dict[Path, Lock] = {}  # the system's locks are a process's: a second one in the same process would be granted
 
 
 class Lock:
@@ -24,10 +24,11 @@ class Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: int | None = None
+        self._path = path  # without links, while it is held
 
     def take(self) -> None:
         """Raises ConfigError if another holds it, SaveError if the folder cannot be written to."""
-        path = self.path.resolve()
+        path = self._path = self.path.resolve()
         if path in _held:
             raise ConfigError(f"{path.parent} is in use by this very process")
         try:
@@ -43,7 +44,7 @@ class Lock:
                 f"{path.parent} is in use by another process ({holder or 'unknown'}): two runs in one folder would "
                 "overwrite each other. Wait for it, stop it, or start without --resume"
             ) from error
-        _held.add(path)
+        _held[path] = self
         self._handle = handle
         with suppress(OSError):  # on a full disk the lock holds all the same; who holds it is a courtesy
             os.ftruncate(handle, 0)
@@ -51,7 +52,7 @@ class Lock:
 
     def release(self) -> None:
         if self._handle is not None:
-            _held.discard(self.path.resolve())
+            del _held[self._path]
             os.close(self._handle)  # which drops the lock
             self._handle = None
 
@@ -63,6 +64,12 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def release_all() -> None:
+    """At the end of a run, whatever became of it, so that a process may start another."""
+    for lock in list(_held.values()):
+        lock.release()
 
 
 def _lock(handle: int) -> None:

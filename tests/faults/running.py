@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
+from everydream.training import lock
 from everydream.training.checkpoint import folders, verify
 from everydream.training.runfolder import runs
 from tests.tiny import make_pictures, make_tiny_model
+from tests.training.runs import clean_process
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMES = {"time", "images_per_s", "data_wait_s", "memory_bytes"}  # what two equal runs may differ in
@@ -50,8 +54,12 @@ class World:
         from everydream.config.resolve import resolve
         from everydream.training import build
 
-        with everything_put_back(), happening(at or {}):
-            return build.run(resolve(["--config", str(config), "--quiet", *arguments], {}))
+        torch.manual_seed(torch.initial_seed() ^ 12345)  # whatever the process drew before must not matter
+        with clean_process(), happening(at or {}):
+            try:
+                return build.run(resolve(["--config", str(config), "--quiet", *arguments], {}))
+            finally:
+                lock.release_all()  # as the end of the process would
 
     def logdir(self, config: Path) -> Path:
         return self.folder / "logs" / config.stem
@@ -73,20 +81,6 @@ def happening(at: dict[int, Callable[[], object]]) -> Iterator[None]:
 
     with mock.patch.object(Trainer, "advance", and_then):
         yield
-
-
-@contextmanager
-def everything_put_back() -> Iterator[None]:
-    """A run takes the process for its own: signal handlers, Accelerate's state."""
-    from accelerate.state import AcceleratorState
-
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 # What is left

@@ -1,0 +1,364 @@
+"""What a run does when something goes wrong around it: exit codes, what is said, and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everydream.training import checkpoint
+from everydream.training.runfolder import runs
+from everydream.training.storage import DISK, Files
+from everydream.training.turns import Trainer
+from everydream.training.update import Update
+from tests.faults.running import World, assert_same_run, lines, newest_checkpoint, newest_run, stop
+from tests.tiny import make_pictures
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def straight(world: World) -> Path:
+    """Six steps without any fault."""
+    config = world.settings("straight")
+    assert world.train(config) == 0
+    return newest_run(world.logdir(config))
+
+
+def steps(run: Path) -> list[int]:
+    return sorted(step for step in map(checkpoint.step_of, (run / "checkpoints").iterdir()) if step is not None)
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in lines(run / "events.jsonl") if event["kind"] == kind]
+
+
+def tensors_of(run: Path, step: int) -> dict[str, str]:
+    """File → hash, of all that holds tensors."""
+    files = json.loads((run / "checkpoints" / checkpoint.name_of(step) / "MANIFEST.json").read_bytes())["files"]
+    return {name: file["sha256"] for name, file in files.items() if name.endswith(".safetensors")}
+
+
+# Signals
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_boundary_and_is_the_exit_code(world: World, signum: int, code: int) -> None:
+    config = world.settings(f"signal-{code}", save_every_n_steps=None)
+    assert world.train(config, at={3: stop(signum)}) == code
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [3] and newest_checkpoint(run)
+    [end] = events(run, "end")
+    assert end["code"] == code and lines(run / "events.jsonl")[-1] == end
+
+
+# Resuming
+
+
+def test_finished_already_does_nothing(world: World, straight: Path) -> None:
+    config = world.folder / "straight.json"
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != ".lock"}
+    assert world.train(config, "--resume", "latest") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != ".lock"}
+
+
+def test_nothing_there_starts_anew(world: World) -> None:
+    config = world.settings("anew", max_steps=1)
+    assert world.train(config, "--resume", "latest") == 0
+    assert steps(newest_run(world.logdir(config))) == [1]
+
+
+def test_none_valid_is_exit_4_and_touches_nothing(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    config = world.settings("none-valid", max_steps=2)
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    (run / "checkpoints" / "step-0000000002" / "state.json").write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert world.train(config, "--resume", "latest") == 4
+    assert "state.json: 0 bytes" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_a_damaged_latest_is_said_and_trained_again(world: World, straight: Path) -> None:
+    config = world.settings("damaged")
+    assert world.train(config, at={5: stop()}) == 143
+    run = newest_run(world.logdir(config))
+    with open(run / "checkpoints" / "step-0000000005" / "optimizer.safetensors", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")
+    assert world.train(config, "--resume", "latest") == 0
+    assert_same_run(straight, run)
+    assert any("step-0000000005 cannot be used: optimizer.safetensors" in e["message"] for e in events(run, "resume"))
+    assert (run / "checkpoints" / "superseded-step-0000000005").is_dir()
+
+
+def test_an_earlier_checkpoint_by_name_sets_the_later_ones_aside(world: World, straight: Path) -> None:
+    config = world.settings("earlier")
+    shutil.copytree(straight, world.logdir(config) / straight.name)
+    run = newest_run(world.logdir(config))
+    assert world.train(config, "--resume", str(run / "checkpoints" / "step-0000000002")) == 0
+    assert_same_run(straight, run)
+    aside = [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith("superseded-")]
+    assert sorted(aside) == ["superseded-step-0000000004", "superseded-step-0000000006"]
+    assert [line["step"] for line in lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_seed_is_refused_unless_asked_for(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    config = world.settings("reseeded", max_steps=4, save_every_n_steps=2)
+    assert world.train(config, at={2: stop()}) == 143
+    assert world.train(config, "--resume", "latest", "--seed", "6") == 2
+    assert "seed" in capfd.readouterr().err
+    assert world.train(config, "--resume", "latest", "--seed", "6", "--resume_changed") == 0
+    assert steps(newest_run(world.logdir(config))) == [2, 4]
+
+
+def test_a_longer_run_goes_on(world: World, straight: Path) -> None:
+    config = world.settings("longer", max_steps=3)
+    assert world.train(config) == 0
+    assert world.train(config, "--resume", "latest", "--max_steps", "6") == 0
+    assert tensors_of(newest_run(world.logdir(config)), 6) == tensors_of(straight, 6)
+
+
+def test_changed_pictures_are_refused_or_accepted_from_the_next_epoch(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pictures = world.folder / "changing"
+    make_pictures(pictures, 6, captions="a star")
+    config = world.settings("changed", data_root="changing", max_steps=8, write_schedule=True)
+    assert world.train(config, at={4: stop()}) == 143  # step 4 of 3 an epoch: in the middle of the second
+    (pictures / "picture_000.txt").write_text("a red bar")
+    (pictures / "picture_001.png").unlink()
+    make_pictures(world.folder / "more", 1, captions="a bar", seed=9)
+    shutil.copy(world.folder / "more" / "picture_000.png", pictures / "new.png")
+    assert world.train(config, "--resume", "latest") == 2
+    said = capfd.readouterr().err
+    assert all(name in said for name in ("picture_000", "picture_001", "new.png", "--accept_data_changes"))
+    assert world.train(config, "--resume", "latest", "--accept_data_changes") == 0
+    schedule = lines(newest_run(world.logdir(config)) / "schedule.jsonl")
+    after = [line for line in schedule if line["step"] > 4]
+    assert all(epoch >= 2 for line in after for epoch in line["epochs"])
+    assert any("new.png" in name for line in after for name in line["samples"])
+
+
+def test_a_second_run_in_the_folder_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+    config = world.settings("locked", max_steps=2)
+    assert world.train(config, at={1: stop()}) == 143
+    [run] = runs(world.logdir(config))
+    with run.lock:
+        assert world.train(config, "--resume", "latest") == 2
+    assert "is in use by" in capfd.readouterr().err
+    assert world.train(config, "--resume", "latest") == 0
+
+
+# Numbers that are not finite
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, where: str, at: set[int]) -> None:
+    """NaN in the loss, or in the gradients, of the updates that end at these steps."""
+    begin, loss, current = Update.begin, Update.loss, [0]
+
+    def remember(self: Update, step: int, *arguments: Any) -> None:
+        current[0] = step + 1
+        begin(self, step, *arguments)
+
+    def spoil(self: Update, batch: Any) -> torch.Tensor:
+        if current[0] not in at:
+            return loss(self, batch)
+        if where == "loss":
+            batch.weights_B[0] = float("nan")
+            return loss(self, batch)
+        value = loss(self, batch)
+        value.register_hook(lambda gradient: gradient * float("nan"))
+        return value
+
+    monkeypatch.setattr(Update, "begin", remember)
+    monkeypatch.setattr(Update, "loss", spoil)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_is_not_finite_leaves_the_weights_and_names_the_pictures(
+    world: World, monkeypatch: pytest.MonkeyPatch, where: str, fused: bool
+) -> None:
+    poisoned(monkeypatch, where, {3})
+    config = world.settings(f"nan-{where}-{fused}", save_every_n_steps=1, fused_backward=fused, max_steps=4)
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    assert tensors_of(run, 2) == tensors_of(run, 3)
+    assert tensors_of(run, 3) != tensors_of(run, 4)
+    state = json.loads((run / "checkpoints" / "step-0000000004" / "state.json").read_bytes())
+    assert state["skipped_steps"] == [3]
+    [skipped] = events(run, "skipped")
+    assert skipped["samples"] and all(name.startswith("subject/") for name in skipped["samples"])
+    assert len(skipped["samples"]) == (1 if where == "loss" else 2)
+
+
+def test_three_in_a_row_go_back_to_the_last_checkpoint_and_past_the_pictures(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, "loss", {3, 4, 5})
+    config = world.settings("rolled-back", max_steps=8, save_every_n_steps=2)
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    [back] = events(run, "rolled_back")
+    assert back["to"] == 4  # saved with the weights of step 2
+    state = json.loads((run / "checkpoints" / "step-0000000008" / "state.json").read_bytes())
+    assert state["skipped_steps"] == [3, 4, 5] and state["rollbacks"] == [[5, 4]]
+    assert steps(run) == [2, 4, 6, 8]
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(run / "metrics.jsonl") if "loss" in line)
+
+
+def test_without_a_checkpoint_to_go_back_to_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, "loss", {1, 2, 3})
+    config = world.settings("no-way-back", save_every_n_steps=None)
+    assert world.train(config) == 3
+    assert "no checkpoint to go back to" in events(newest_run(world.logdir(config)), "end")[0]["reason"]
+
+
+def test_two_roll_backs_end_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, "gradient", set(range(3, 100)))
+    config = world.settings("diverged", max_steps=20, save_every_n_steps=2)
+    assert world.train(config) == 3
+    run = newest_run(world.logdir(config))
+    assert len(events(run, "rolled_back")) == 1
+    assert events(run, "end")[0]["code"] == 3
+
+
+# The disk
+
+
+class Full(Files):
+    """`fails`: which saves, counted from 1, find the disk full."""
+
+    def __init__(self, fails: set[int]) -> None:
+        self.fails, self.saves = fails, 0
+
+    def make_folder(self, path: Path) -> None:
+        self.saves += path.name.startswith(checkpoint.SAVING)
+        super().make_folder(path)
+
+    def write(self, handle: int, data: memoryview) -> None:
+        if self.saves in self.fails:
+            raise OSError(28, os.strerror(28))
+        super().write(handle, data)
+
+
+def full(monkeypatch: pytest.MonkeyPatch, fails: set[int]) -> None:
+    disk = Full(fails)
+    for name in ("make_folder", "write"):
+        monkeypatch.setattr(DISK, name, getattr(disk, name), raising=True)
+
+
+def test_one_failed_save_is_said_and_the_run_goes_on(
+    world: World, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full(monkeypatch, {2})
+    config = world.settings("once-full")
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [2, 6]
+    [failed] = events(run, "save_failed")
+    assert "No space left on device" in failed["message"] and failed["level"] == "warning"
+    assert_same_run(straight, run)
+
+
+def test_three_failed_saves_in_a_row_are_exit_5(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(monkeypatch, set(range(2, 100)))
+    config = world.settings("full", max_steps=50, save_every_n_steps=2)
+    assert world.train(config) == 5
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [2] and "3 saves in a row failed" in events(run, "end")[0]["reason"]
+    assert os.listdir(run / "checkpoints") == ["step-0000000002"]
+
+
+@pytest.mark.parametrize("at", [{}, {3: stop()}], ids=["the last", "on a signal"])
+def test_a_failed_last_save_is_exit_5(
+    world: World, monkeypatch: pytest.MonkeyPatch, at: dict[int, Callable[[], object]]
+) -> None:
+    full(monkeypatch, {1})
+    config = world.settings(f"full-last-{len(at)}", save_every_n_steps=None)
+    assert world.train(config, at=at) == 5
+    assert steps(newest_run(world.logdir(config))) == []
+
+
+def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Path) -> None:
+    config = world.settings("removed")
+
+    def remove() -> None:
+        os.rename(newest_run(world.logdir(config)) / "checkpoints", world.folder / "taken away")
+
+    assert world.train(config, at={3: remove}) == 0
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [4, 6]
+    assert tensors_of(run, 6) == tensors_of(straight, 6)
+
+
+def test_blocking_and_background_saves_write_the_same(world: World, straight: Path) -> None:
+    config = world.settings("blocking", background_save=False)
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    assert_same_run(straight, run)
+    assert [event["held_s"] == event["seconds"] for event in events(run, "saved")] == [True] * 3
+
+
+def test_the_base_model_may_vanish_after_the_start(world: World, straight: Path) -> None:
+    shutil.copytree(world.folder / "model", world.folder / "vanishing")
+    config = world.settings("vanished", base_model="vanishing")
+    assert world.train(config, at={3: lambda: shutil.rmtree(world.folder / "vanishing")}) == 0
+    assert tensors_of(newest_run(world.logdir(config)), 6) == tensors_of(straight, 6)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("keep", [0, 100, -1])
+def test_a_truncated_base_model_is_a_clean_error(
+    world: World, part: str, keep: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name = f"truncated-{part}-{keep}"
+    shutil.copytree(world.folder / "model", world.folder / name)
+    [weights] = (world.folder / name / part).glob("*.safetensors")
+    os.truncate(weights, keep if keep >= 0 else weights.stat().st_size - 1)
+    assert world.train(world.settings(name, base_model=name)) == 2
+    said = capfd.readouterr().err
+    assert weights.name in said and "Traceback" not in said
+    assert not world.logdir(world.folder / f"{name}.json").exists()
+
+
+# Formats
+
+
+def test_nothing_is_ever_unpickled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may come from anywhere; only safetensors and JSON are read."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("pickle was used")
+
+    monkeypatch.setattr(pickle, "Unpickler", refuse)
+    monkeypatch.setattr(pickle, "load", refuse)
+    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    config = world.settings("no-pickle", ema_decay_rate=0.9)
+    assert world.train(config, at={3: stop()}) == 143
+    assert world.train(config, "--resume", "latest") == 0
+
+
+def test_a_failure_between_updates_leaves_the_lock_free(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = world.settings("crashed", max_steps=4)
+
+    def crash(self: Trainer) -> None:
+        raise AssertionError("a bug of ours")
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError, match="a bug of ours"):
+        patched.setattr(Trainer, "report", crash)
+        world.train(config)
+    assert world.train(config, "--resume", "latest") == 0
