@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -58,14 +62,18 @@ def draws(run: Path) -> list[dict[str, Any]]:
 
 
 def assert_close(one: Path, other: Path, start_model: Path) -> None:
-    """Losses within 1e-5; after 50 steps ‖Δw‖ ≤ 1e-4 ‖w − w₀‖ over each part."""
+    """Losses within 1e-5; after 50 steps ‖Δw‖ ≤ 1e-4 ‖w − w₀‖ over each part.
+
+    But for CLIP's k_proj.bias, whose true gradient is zero (softmax does not see a constant): AdamW turns the rounding
+    noise that is left into whole steps, and in a text encoder 16 wide these are not negligible.
+    """
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
     name = "checkpoints/step-0000000050"
     first, second = tensors(one / name / "model"), tensors(other / name / "model")
     begin = tensors(start_model)
     for part in ("unet/", "text_encoder/"):
-        names = [n for n in first if n.startswith(part)]
+        names = [n for n in first if n.startswith(part) and not n.endswith("k_proj.bias")]
         moved = torch.stack([(first[n] - begin[n].float()).norm() for n in names]).norm()
         apart = torch.stack([(first[n] - second[n]).norm() for n in names]).norm()
         assert moved > 0
@@ -118,3 +126,37 @@ def test_two_machines_train_together(words: Any, one: Path, tmp_path: Path) -> N
     said = [process.communicate(timeout=launching.LIMIT_S)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     assert draws(only_run(tmp_path)) == draws(one)[:6]
+
+
+def test_a_killed_process_ends_the_job_and_the_resume_works(words: Any, tmp_path: Path) -> None:
+    long = words(tmp_path, max_steps=100_000, save_every_n_steps=5, write_schedule=False)
+    launcher = subprocess.Popen(
+        launching.two_processes(*long), cwd=tmp_path, env=launching.environment(), stderr=subprocess.PIPE, text=True
+    )
+    began = time.monotonic()
+    while not list(tmp_path.glob("logs/*/checkpoints/step-*")):
+        assert launcher.poll() is None and time.monotonic() - began < launching.LIMIT_S
+        time.sleep(0.2)
+    second = next(
+        child for child in psutil.Process(launcher.pid).children(recursive=True) if child.environ().get("RANK") == "1"
+    )
+    os.kill(second.pid, signal.SIGKILL)
+    said = launcher.communicate(timeout=launching.LIMIT_S)[1]
+    assert launcher.returncode == 1
+    assert "SIGKILL" in said
+    saved = max(int(path.name[5:]) for path in tmp_path.glob("logs/*/checkpoints/step-*"))
+    resumed = words(tmp_path, max_steps=saved + 3, save_every_n_steps=5, write_schedule=False)
+    assert start(*resumed, "--resume", "latest") == 0
+    assert lines(only_run(tmp_path) / "metrics.jsonl")[-1]["step"] == saved + 3
+
+
+@pytest.mark.long
+def test_three_processes_train_what_one_trains(words: Any, tiny_model: Path, tmp_path: Path) -> None:
+    three = [*launching.two_processes(), *words(tmp_path / "three", global_batch_size=6)]
+    three[three.index("--config_file") + 2 : three.index("--config_file") + 2] = ["--num_processes", "3"]
+    done = launching.run(three, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert start(*words(tmp_path / "alone", global_batch_size=6)) == 0
+    alone = only_run(tmp_path / "alone")
+    assert draws(only_run(tmp_path / "three")) == draws(alone)
+    assert_close(alone, only_run(tmp_path / "three"), tiny_model)
