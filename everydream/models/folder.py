@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from everydream.errors import ConfigError
 from everydream.models.json_files import read_json
@@ -11,6 +13,43 @@ from everydream.models.tokenizer import read_tokenizer
 from everydream.models.weights import NOT_WEIGHTS, Move, published_name
 
 PIPELINE_PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+# transformers leaves out what equals its own defaults.
+DEFAULTS = {
+    "text_encoder": {
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 77,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+}
+KINDS: dict[str, dict[str, type]] = {
+    "unet": {
+        "block_out_channels": list,
+        "down_block_types": list,
+        "up_block_types": list,
+        "in_channels": int,
+        "out_channels": int,
+        "layers_per_block": int,
+        "cross_attention_dim": int,
+        "sample_size": int,
+    },
+    "vae": {
+        "block_out_channels": list,
+        "down_block_types": list,
+        "up_block_types": list,
+        "latent_channels": int,
+        "layers_per_block": int,
+        "norm_num_groups": int,
+    },
+    "text_encoder": dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), int
+    ),
+}
 # The part's weight file, best first: full precision, then half, then without EMA, then pickled.
 CANDIDATES = (".safetensors", ".fp16.safetensors", ".non_ema.safetensors", ".bin", ".fp16.bin")
 
@@ -27,7 +66,7 @@ def read(path: Path, *, allow_pickle: bool, prediction_type: str | None) -> Foun
     if pipeline == "StableDiffusionPipeline" and kinds != PIPELINE_PARTS:
         part = next(part for part in kinds if kinds[part] != PIPELINE_PARTS[part])
         raise ConfigError(f"base_model: {path}: its {part} is a {kinds[part]}, not a {PIPELINE_PARTS[part]}")
-    configs = {part: read_json(path / part / "config.json") for part in PIPELINE_PARTS}
+    configs = {part: _config(part, path / part / "config.json") for part in PIPELINE_PARTS}
     configs["model_index"] = index
     configs["scheduler"] = read_json(path / "scheduler" / "scheduler_config.json")
     weights = {
@@ -40,8 +79,30 @@ def read(path: Path, *, allow_pickle: bool, prediction_type: str | None) -> Foun
         weights=weights,
         tokenizer=read_tokenizer(path / "tokenizer"),
         prediction_type=prediction_type or configs["scheduler"].get("prediction_type", "epsilon"),
-        resolution=configs["unet"].get("sample_size", 64) * factor,
+        resolution=configs["unet"]["sample_size"] * factor,
+        notes=tuple(_notes(path, index, weights)),
     )
+
+
+def _config(part: str, path: Path) -> dict[str, Any]:
+    config = DEFAULTS.get(part, {}) | read_json(path)
+    problems = [
+        f"base_model: {path}: {key} should be {kind.__name__}, and is {config.get(key)!r}"
+        for key, kind in KINDS[part].items()
+        if not isinstance(config.get(key), kind)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _notes(path: Path, index: Mapping[str, Any], weights: Mapping[str, PartWeights]) -> Iterator[str]:
+    for part, found in weights.items():
+        name = found.header.path.name
+        if name != f"{STEMS[part]}.safetensors":
+            yield f"base_model: the {part} is read from {name}: {path} has no {STEMS[part]}.safetensors"
+    if (index.get("safety_checker") or [None])[0] is not None:
+        yield f"base_model: the safety checker of {path} is not part of what is written"
 
 
 def _weight_file(folder: Path, stem: str, allow_pickle: bool) -> Header:

@@ -27,7 +27,10 @@ def folder_files(facts: Facts, scheduler: Config, weights: Mapping[str, FileCont
     files: dict[str, FileContent] = {"model_index.json": _json(_model_index(facts, scheduler))}
     files["scheduler/scheduler_config.json"] = _json(scheduler)
     for part, content in weights.items():
-        files[f"{part}/config.json"] = _json(facts.configs[part])
+        config = dict(facts.configs[part])
+        if "dtype" in config:  # transformers 5's word, which 4 does not know
+            config["torch_dtype"] = config.pop("dtype")
+        files[f"{part}/config.json"] = _json(config)
         files[f"{part}/{STEMS[part]}.safetensors"] = content
     return files | {f"tokenizer/{name}": content for name, content in facts.tokenizer.files().items()}
 

@@ -88,6 +88,14 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no config": (lambda m: (m / "unet" / "config.json").unlink(), "unet/config.json is missing"),
     "config cut short": (lambda m: (m / "vae" / "config.json").write_text('{"a": '), "vae/config.json cannot be read"),
     "config no object": (lambda m: (m / "vae" / "config.json").write_text("[]"), "is not a JSON object"),
+    "a list for a number": (
+        lambda m: edit(m / "unet" / "config.json", layers_per_block=[1, 2]),
+        r"unet/config.json: layers_per_block should be int, and is \[1, 2\]",
+    ),
+    "a key missing": (
+        lambda m: (m / "vae" / "config.json").write_text("{}"),
+        "vae/config.json: block_out_channels should be list, and is None",
+    ),
     "no weights": (
         lambda m: (m / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
         r"has no diffusion_pytorch_model.safetensors \(there: config.json\)",
@@ -144,6 +152,22 @@ def test_a_hub_id_is_found_in_the_cache_and_half_precision_is_second_choice(
     assert facts.weights["unet"].header.path.name == "diffusion_pytorch_model.fp16.safetensors"
     assert [(name, revision) for name, revision, _ in asked] == [("someone/some-model", "v1")] * 2
     assert not any(".bin" in pattern for *_, patterns in asked for pattern in patterns)
+
+
+def test_what_transformers_leaves_out_of_a_config_is_its_default(model: Path) -> None:
+    path = model / "text_encoder" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("hidden_act")
+    path.write_text(json.dumps(config))
+    assert read_facts(str(model)).configs["text_encoder"]["hidden_act"] == "quick_gelu"
+
+
+def test_what_is_read_otherwise_than_expected_is_noted(model: Path) -> None:
+    (model / UNET).rename((model / UNET).with_name("diffusion_pytorch_model.fp16.safetensors"))
+    edit(model / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    half, checker = read_facts(str(model)).notes
+    assert "unet is read from diffusion_pytorch_model.fp16.safetensors" in half
+    assert "safety checker" in checker
 
 
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -59,10 +60,27 @@ def python(pytestconfig: pytest.Config) -> Path:
     return interpreter
 
 
+def published_like_sd15(folder: Path) -> Path:
+    return make_tiny_model(folder, position_ids=True)
+
+
+def published_like_sd2(folder: Path) -> Path:
+    return make_tiny_model(folder, openclip=True, position_ids=True)
+
+
+def as_the_libraries_here_write_it(folder: Path) -> Path:
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    published = make_tiny_model(folder.with_name("published"))
+    DiffusionPipeline.from_pretrained(published).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("openclip", [False, True])
-def test_older_libraries_load_every_tensor(python: Path, tmp_path: Path, openclip: bool) -> None:
-    base = make_tiny_model(tmp_path / "base", openclip=openclip, position_ids=True)
+@pytest.mark.filterwarnings("ignore")  # diffusers and transformers deprecate their own defaults
+@pytest.mark.parametrize("make", [published_like_sd15, published_like_sd2, as_the_libraries_here_write_it])
+def test_older_libraries_load_every_tensor(python: Path, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    base = make(tmp_path / "base")
     family = load(read_facts(str(base)))
     written = write(family.files(snapshot(family, "unet", "text_encoder")), tmp_path / "model")
     single = single_file(read_facts(str(written)), dtype=None, title="t", date="2026-01-02")
