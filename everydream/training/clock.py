@@ -24,17 +24,22 @@ class Clock:
         """The epoch, from 0, in which the next micro-batch is cut."""
         return self.plan.epoch_of(step * self.per_update)
 
+    def epochs_trained(self, step: int) -> float:
+        """At this update border; 1.5: half of the second epoch's micro-batches are done. Whole where an epoch ends."""
+        done = step * self.per_update
+        if done <= self.plan.start[0]:
+            return float(self.plan.start[1])
+        epoch = self.plan.epoch_of(done - 1)
+        begin, end = self.plan.micro_batches(epoch), self.plan.micro_batches(epoch + 1)
+        return epoch + (done - begin) / (end - begin)
+
     def epochs_ended(self, step: int) -> int:
         """Epochs whose last micro-batch lies at or before this update border."""
-        if step == 0:
-            return 0
-        done = step * self.per_update
-        epoch = self.plan.epoch_of(done - 1)
-        return epoch + int(self.plan.micro_batches(epoch + 1) <= done)
+        return int(self.epochs_trained(step))
 
     def ends_epoch(self, step: int, every: float) -> bool:
         """Whether a multiple of `every` epochs ends with the update before this border."""
-        return step > 0 and self.epochs_ended(step) // every > self.epochs_ended(step - 1) // every
+        return step > 0 and self.epochs_trained(step) // every > self.epochs_trained(step - 1) // every
 
     def steps_of_epoch_ends(self, every: float) -> list[int]:
         return [step for step in range(1, self.total_steps + 1) if self.ends_epoch(step, every)]

@@ -59,14 +59,21 @@ class Prepared:
     def _processes(self) -> None:
         self.accelerator = make_accelerator(self.resolved.settings.mixed_precision or "no")
         self.ranks = Ranks(self.accelerator)
-        self.resolved = self.resolved.with_seed(self.ranks.broadcast(self.resolved.settings.seed))
-        self.settings = self.resolved.settings
+        self._take_seed(self.ranks.broadcast(self.resolved.settings.seed))
         self.accumulation = accumulation(
             self.settings.batch_size, self.settings.grad_accum, self.settings.global_batch_size, self.ranks.count
         )
         self.per_update = self.accumulation * self.ranks.count
-        self.record = {**self.resolved.record(), "processes": self.ranks.count}
         self.ranks.refuse_difference(self.record, "settings")
+
+    def _take_seed(self, seed: int) -> None:
+        self.resolved = self.resolved.with_seed(seed)
+        self.settings = self.resolved.settings
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """config.json's content."""
+        return {**self.resolved.record(), "processes": self.ranks.count}
 
     # 2. A new run, or a checkpoint
 
@@ -74,6 +81,8 @@ class Prepared:
         settings = self.settings
         resume = None if settings.resume is None else str(settings.resume)
         self.start, self.old_run = find_start(resume, settings.logdir, settings.project_name, self.ranks)
+        if self.start.seed is not None and self.resolved.entries["seed"].origin == "drawn":
+            self._take_seed(self.start.seed)  # seed −1: a run keeps the one that it drew first
         self.notes += self.start.notes
         self.notes += check_settings(self.start, self.record, changes, settings.resume_changed)
 
@@ -90,7 +99,8 @@ class Prepared:
         self.notes += self.facts.notes
         prediction = settings.prediction_type or self.facts.prediction_type
         steps = self.facts.num_train_timesteps
-        end = min(settings.timestep_end, steps)
+        is_stated = self.resolved.entries["timestep_end"].origin != "default"
+        end = settings.timestep_end if is_stated else min(settings.timestep_end, steps)
         wrong = objectives.problems(prediction, settings.enable_zero_terminal_snr, settings.timestep_start, end, steps)
         if settings.clip_skip >= self.facts.text_layers:
             wrong.append(f"clip_skip: {settings.clip_skip}, and the text encoder has {self.facts.text_layers} layers")

@@ -27,6 +27,7 @@ class Start:
     folder: Path | None = None  # of the run that goes on
     checkpoint: Path | None = None
     state: TrainState = field(default_factory=TrainState)
+    seed: int | None = None  # of the run that goes on
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -50,7 +51,8 @@ def find_start(resume: str | None, logdir: Path, project_name: str, ranks: Ranks
                 found.run.lock.release()
             return Start(notes=(found.note,), warnings=skipped)
         run.append(found.run)
-        return Start(found.run.folder, found.checkpoint, read_state(found.checkpoint), warnings=skipped)
+        seed = json.loads(found.run.config.read_bytes())["settings"]["seed"]["value"]
+        return Start(found.run.folder, found.checkpoint, read_state(found.checkpoint), seed, warnings=skipped)
 
     start: Start = on_main(ranks, find)
     return start, run[0] if run else None

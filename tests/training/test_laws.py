@@ -120,3 +120,13 @@ def test_fused_backward_gives_the_same_weights(tiny_model: Path, pictures: Path,
     assert start(*plain) == start(*fused) == 0
     name = "checkpoints/step-0000000003"
     assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "fused") / name))
+
+
+def test_a_drawn_seed_is_kept_by_a_resume(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    words = options(tiny_model, pictures, tmp_path, seed=-1, max_steps=4, save_every_n_steps=2)
+    assert start(*words) == 0
+    run = only_run(tmp_path)
+    first = metrics(run)
+    shutil.rmtree(run / "checkpoints" / "step-0000000004")
+    assert start(*words, "--resume", "latest") == 0
+    assert metrics(run) == first
