@@ -23,7 +23,7 @@ BACKGROUND, INK, FAINT = (250, 250, 248), (28, 28, 30), (120, 120, 124)
 LABEL_LINES = 2
 KEY = "everydream"  # of the text in the PNG
 # Pillow's own font has Latin letters only; these are tried for others, by the names that systems give them.
-LAST_LATIN = 0x24F
+LAST_LATIN, PUNCTUATION = 0x24F, range(0x2000, 0x2070)
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "DejaVuSans.ttf", "Arial Unicode.ttf", "msyh.ttc", "arial.ttf")
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -85,7 +85,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def font(text: str, size: int) -> Font:
-    if any(ord(letter) > LAST_LATIN for letter in text):
+    if any(ord(letter) > LAST_LATIN and ord(letter) not in PUNCTUATION for letter in text):
         for name in WIDE_FONTS:
             with contextlib.suppress(OSError):
                 return ImageFont.truetype(name, size)
