@@ -22,6 +22,7 @@ from everydream.diffusion.paths import NoisePath
 from everydream.diffusion.times import TimeSampler
 from everydream.models.family import Family, load, read_facts
 from everydream.training.feed import Stream
+from everydream.training.profile import NoProfile
 from everydream.training.schedule import NoSchedule
 from everydream.training.update import Update
 from tests.tiny import make_pictures
@@ -86,6 +87,7 @@ def update_of(
         batches=batches(dataset, stream.kinds, batch_size, stream.indices(0)),
         stream=stream,
         schedule=NoSchedule(),
+        profile=NoProfile(),
         batch_size=batch_size,
         prior_loss_weight=prior,
         clip_norm=None,
