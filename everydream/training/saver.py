@@ -13,8 +13,9 @@ from everydream.errors import SaveError
 from everydream.training import hostmemory
 from everydream.training.checkpoint import commit, read_manifest
 from everydream.training.retention import Retention
+from everydream.training.snapshot import HostMemory, Snapshot
 from everydream.training.storage import DISK, ChangedFile, Content, Copy, Files, write_atomically
-from everydream.training.tensorfile import HostCopies, Tensors, identity
+from everydream.training.tensorfile import Tensors, identity
 
 Contents = Mapping[str, Content]
 Exports = Mapping[Path, Callable[[Path], Content]]  # file → its content, made from the checkpoint's folder
@@ -55,6 +56,7 @@ class Saver:
         self._checkpoints, self._background, self._files = checkpoints, background, files
         self._retention = Retention(checkpoints, keep_last, files)
         self._last, self._free_memory = last, free_memory
+        self._memory = HostMemory()
         self._thread: threading.Thread | None = None
         self._done: list[Saved] = []
         self._error: SaveError | None = None
@@ -72,13 +74,22 @@ class Saver:
         if not self._background or short_of:
             self._run(Saved(step, warnings=(short_of,) if short_of else ()), contents, exports or {}, began)
             return
-        copies = HostCopies()
-        contents = {name: c.on_host(copies) if isinstance(c, Tensors) else c for name, c in contents.items()}
-        copies.wait()
+        contents = self._snapshot(contents)
         saved = Saved(step, background=True, held_s=time.perf_counter() - began)
         arguments = (saved, contents, exports or {}, began)
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save step {step}")
         self._thread.start()
+
+    def _snapshot(self, contents: Contents) -> Contents:
+        snapshot = Snapshot(self._memory)
+        copied = {
+            name: content.of({key: snapshot.of(tensor) for key, tensor in content.tensors.items()})
+            if isinstance(content, Tensors)
+            else content
+            for name, content in contents.items()
+        }
+        snapshot.wait()
+        return copied
 
     def join(self) -> None:
         """Wait for the save under way: before a roll-back, and before the end."""
@@ -159,12 +170,12 @@ class Saver:
 
     def _short_of(self, contents: Contents) -> str:
         tensors = [t for c in contents.values() if isinstance(c, Tensors) for t in c.tensors.values()]
-        needed = sum({identity(tensor): tensor.nbytes for tensor in tensors}.values())
+        needed = self._memory.missing({identity(tensor): tensor.nbytes for tensor in tensors}.values())
         free = self._free_memory() - SPARE
-        if needed <= free:
+        if needed == 0 or needed <= free:
             return ""
         return (
-            f"a background save would need {needed / 1e9:.1f} GB of memory and {max(free, 0) / 1e9:.1f} GB are free: "
+            f"a background save would need {needed / 1e9:.1f} GB more memory and {max(free, 0) / 1e9:.1f} GB are free: "
             "training waits for this save"
         )
 

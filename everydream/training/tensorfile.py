@@ -71,35 +71,9 @@ class Tensors:
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
 
-    def on_host(self, copies: HostCopies) -> Tensors:
-        """The same file from tensors that training no longer changes."""
-        return replace(self, tensors={name: copies.of(tensor) for name, tensor in self.tensors.items()})
-
-
-class HostCopies:
-    """Copies of tensors in the host's memory; one seen twice is copied once.
-
-    Copies from a card are queued; nothing may read them before `wait`.
-    """
-
-    def __init__(self) -> None:
-        self._copies: dict[tuple[object, ...], Tensor] = {}
-        self._originals: list[Tensor] = []  # kept alive: a freed tensor's address may come again
-
-    def of(self, tensor: Tensor) -> Tensor:
-        key = identity(tensor)
-        if key not in self._copies:
-            tensor = tensor.detach()
-            self._originals.append(tensor)
-            # Pinned memory is what makes the copy from a card run at the bus's full speed, and beside the others.
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._copies[key] = copy.copy_(tensor, non_blocking=tensor.is_cuda)
-        return self._copies[key]
-
-    def wait(self) -> None:
-        if any(tensor.is_cuda for tensor in self._originals):
-            torch.cuda.synchronize()
-        self._originals.clear()
+    def of(self, copies: Mapping[str, Tensor]) -> Tensors:
+        """The same file from other tensors of the same names."""
+        return replace(self, tensors=copies)
 
 
 def identity(tensor: Tensor) -> tuple[object, ...]:

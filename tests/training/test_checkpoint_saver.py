@@ -13,7 +13,8 @@ import torch
 
 from everydream.errors import SaveError
 from everydream.training import checkpoint, hostmemory
-from everydream.training.saver import FAILURES, Saved, Saver
+from everydream.training.saver import FAILURES, SPARE, Saved, Saver
+from everydream.training.snapshot import PIECE
 from everydream.training.storage import Bytes, Copy, Files
 from everydream.training.tensorfile import Tensors, read_tensors
 
@@ -85,17 +86,28 @@ def test_blocking_saves_are_done_when_save_returns(tmp_path: Path) -> None:
 
 
 def test_without_memory_for_a_snapshot_training_waits_and_it_is_said(tmp_path: Path) -> None:
-    shared = torch.zeros(1 << 20)  # seen under two names it is needed once: 4 MiB
+    shared = torch.zeros(PIECE // 4)  # seen under two names it is needed once
     contents = {"a.safetensors": Tensors({"x": shared}), "b.safetensors": Tensors({"y": shared})}
-    for free, background in ((4 << 20, True), ((4 << 20) - 1, False)):
-        saver = saver_of(tmp_path / str(free), free_memory=lambda free=free: free + (256 << 20))
+    for free, background in ((PIECE, True), (PIECE - 1, False)):
+        saver = saver_of(tmp_path / str(free), free_memory=lambda free=free: free + SPARE)
         saver.save(1, contents)
         saver.join()
         [saved] = saver.outcomes()
         assert saved.background is background and saved.error is None
-        assert [warning.startswith("a background save would need 0.0 GB") for warning in saved.warnings] == [True] * (
-            not background
+        expected = (
+            [] if background else ["a background save would need 0.1 GB more memory and 0.1 GB are free: training"]
         )
+        assert [warning[: len(expected[0])] for warning in saved.warnings] == expected
+
+
+def test_memory_once_taken_for_snapshots_is_not_asked_for_again(tmp_path: Path) -> None:
+    free = [PLENTY]
+    saver = saver_of(tmp_path, free_memory=lambda: free[0])
+    for step in (1, 2):
+        saver.save(step, weights(step))
+        free[0] = 0
+    saver.require()
+    assert [saved.background for saved in saver.outcomes()] == [True, True]
 
 
 def test_failures_in_a_row_are_counted_and_one_success_forgets_them(tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from everydream.training.storage import write_atomically
-from everydream.training.tensorfile import DTYPES, HostCopies, Tensors, as_bytes, identity, read_tensors
+from everydream.training.tensorfile import DTYPES, Tensors, as_bytes, identity, read_tensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -72,26 +71,6 @@ def test_read_tensors_outlive_their_file(tmp_path: Path) -> None:
     assert torch.equal(read["w"], torch.arange(1000))
 
 
-def test_copies_do_not_change_with_training_and_shared_memory_is_copied_once() -> None:
-    weight = torch.arange(4.0, requires_grad=True)
-    copies = HostCopies()
-    first, second, view = copies.of(weight), copies.of(weight), copies.of(weight[:2])
-    copies.wait()
-    with torch.no_grad():
-        weight.zero_()
-    assert first is second and view is not first
-    assert first.tolist() == [0, 1, 2, 3] and view.tolist() == [0, 1]
-
-
 def test_empty_tensors_are_never_taken_for_one_another() -> None:
     a, b = torch.zeros(0), torch.zeros(0)
     assert identity(a) == identity(a) != identity(b)
-
-
-@pytest.mark.gpu
-def test_copies_from_a_card_are_exact() -> None:
-    tensors = [torch.randn(1000, 1000, device="cuda") for _ in range(4)]
-    copies = HostCopies()
-    held = [copies.of(tensor) for tensor in tensors]
-    copies.wait()
-    assert all(torch.equal(a, b.cpu()) and a.is_pinned() for a, b in zip(held, tensors, strict=True))
