@@ -105,15 +105,15 @@ def test_several_processes_make_the_pictures_of_one(tmp_path: Path, count: int, 
     assert sum(told) == 7
 
 
-@pytest.mark.parametrize("cut", range(5))
-def test_an_interrupted_run_goes_on_with_the_same_pictures(tmp_path: Path, cut: int) -> None:
+@pytest.mark.parametrize("made", range(5))
+def test_an_interrupted_run_goes_on_with_the_same_pictures(tmp_path: Path, made: int) -> None:
     fill(tmp_path / "whole", 5, batch_size=2)
-    folder, signals = tmp_path / "cut", iter([0] * (cut // 2) + [15])
+    folder, signals = tmp_path / "cut", iter([0] * -(-made // 2) + [15])
     with pytest.raises(Stopped):
         fill(folder, 5, batch_size=2, stop=lambda: next(signals))
-    if cut % 2:  # killed between the two pictures of a batch
-        (folder / file_name(cut, 5)).unlink(missing_ok=True)
-    made = len(pictures(folder))
+    if made % 2:  # killed between the two pictures of a batch
+        (folder / file_name(made, 5)).unlink()
+    assert len(pictures(folder)) == made
     assert fill(folder, 5, batch_size=2) == 5 - made
     assert pictures(folder) == pictures(tmp_path / "whole")
 
