@@ -92,13 +92,27 @@ def read(path: Path, defaults: Sampling, captions: Sequence[str] = ()) -> list[P
             entries = json.loads(text)
         except ValueError as error:
             raise ConfigError(f"sample_prompts: {path} is not JSON: {error}") from error
+    return parse(entries, defaults, captions, where=f"sample_prompts: {path}")
+
+
+def parse(entries: Any, defaults: Sampling, captions: Sequence[str] = (), *, where: str) -> list[Picture]:
+    """As `read`, from what a JSON file holds. `where` starts each problem."""
     problems: list[str] = []
     samplings = _samplings(entries, defaults, captions, problems.append)
     if not samplings and not problems:
         problems.append("has no prompts. Write one a line (.txt), or a list of them (.json)")
     if problems:
-        raise ConfigError(f"sample_prompts: {path}: {problem}" for problem in problems)
+        raise ConfigError(f"{where}: {problem}" for problem in problems)
     return pictures(samplings)
+
+
+def settled(entry: Mapping[str, Any], defaults: Sampling, *, where: str) -> Sampling:
+    """`defaults` with what the entry says. Raises ConfigError with every problem."""
+    problems: list[str] = []
+    sampling = _sampling(entry, defaults, problems.append)
+    if problems:
+        raise ConfigError(f"{where}: {problem}" for problem in problems)
+    return sampling
 
 
 def pictures(samplings: Iterable[Sampling]) -> list[Picture]:
@@ -195,6 +209,7 @@ def _size(value: Any, defaults: Sampling) -> dict[str, Any]:
     """512, [512, 768] or "512x768": width, height."""
     if isinstance(value, str):
         value = [int(part) for part in value.lower().split("x")]
+        value = value if len(value) > 1 else value[0]
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise ValueError("must be one side, or [width, height]")
