@@ -19,8 +19,9 @@ import torch
 from everydream.data.gate import Progress, no_progress
 from everydream.data.packs import Packs, PackWriter, digest
 from everydream.data.pictures import Box, Size, quiet_pillow, read_mask, read_pixels
-from everydream.data.problems import Problem, Unfit
+from everydream.data.problems import Problem, Unfit, shown
 from everydream.data.scan import Sample
+from everydream.data.verify import digest_of
 from everydream.errors import DataError
 
 _VERSION = 1  # of the transform from file to pixels: a change makes every latent anew
@@ -106,9 +107,11 @@ def build_latents(
     """
     missing = cache.missing(requests)
     todo = [request for request in missing if int(request.key(cache.alpha_color), 16) % world == rank]
-    groups = [group for size in sorted({r.size for r in todo}) for group in _grouped(todo, size)]
     done = 0
     progress(done, len(todo))
+    if not todo:
+        return
+    groups = [group for size in sorted({r.size for r in todo}) for group in _grouped(todo, size)]
     with PackWriter(cache.packs.folder) as writer, quiet_pillow(), ThreadPoolExecutor(max(1, workers)) as pool:
         read = lambda request: _read(request, cache.alpha_color, vae_factor)  # noqa: E731
         for group, decoded in _ahead(pool, groups, read):
@@ -117,6 +120,7 @@ def build_latents(
             mean_BCHW, std_BCHW = encode(torch.from_numpy(pixels))
             moments = torch.stack((mean_BCHW, std_BCHW), dim=1).float().cpu().numpy()
             for request, (_, mask), moment in zip(group, decoded, moments, strict=False):
+                _refuse_non_finite(moment, f"{shown(request.sample.path)}: its latents")
                 writer.add(request.key(cache.alpha_color), moment)
                 if mask is not None:
                     writer.add(request.mask_key(), mask)
@@ -154,11 +158,30 @@ def _read(
     request: LatentRequest, alpha_color: tuple[int, int, int], vae_factor: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     sample = request.sample
+    _refuse_changed(sample.path, sample.content)
     pixels_CHW = pixels_of(sample, request.crop, request.size, request.flip, alpha_color)
     mask = None
     if sample.mask_path is not None:
+        _refuse_changed(sample.mask_path, sample.mask_content)
         mask = mask_of(sample, request.crop, request.size, request.flip, vae_factor)
     return pixels_CHW, mask
+
+
+def _refuse_changed(path: Path, content: str | None) -> None:
+    """A latent under the wrong digest would be wrong for ever. Raises DataError."""
+    try:
+        changed = digest_of(path) != content
+    except OSError as error:
+        raise DataError(
+            str(Problem(path, f"cannot be read ({error.strerror})", "check the file and the disk"))
+        ) from None
+    if changed:
+        raise DataError(str(Problem(path, "it is not what the check of the pictures saw", "touch it and start again")))
+
+
+def _refuse_non_finite(tensor: np.ndarray, what: str) -> None:
+    if not np.isfinite(tensor).all():
+        raise DataError(f"{what} are not finite numbers: the base model's weights are damaged or overflow")
 
 
 def pixels_of(sample: Sample, crop: Box, size: Size, flip: bool, alpha_color: tuple[int, int, int]) -> np.ndarray:
@@ -225,11 +248,14 @@ def build_texts(
     missing = cache.missing(captions)
     todo = [caption for caption in missing if int(digest("text", caption), 16) % world == rank]
     progress(0, len(todo))
+    if not todo:
+        return
     with PackWriter(cache.packs.folder) as writer:
         for begin in range(0, len(todo), CAPTIONS_AT_ONCE):
             group = todo[begin : begin + CAPTIONS_AT_ONCE]
             text_BLD = encode(group + [""] * (CAPTIONS_AT_ONCE - len(group))).float().cpu().numpy()
             for caption, text_LD in zip(group, text_BLD, strict=False):
+                _refuse_non_finite(text_LD, f"caption {caption!r}: its embeddings")
                 writer.add(digest("text", caption), text_LD)
             progress(begin + len(group), len(todo))
     cache.missing(captions)  # so that what was made can be read

@@ -137,13 +137,15 @@ def _from_yaml(text: str) -> Values:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
-        raise Unfit(f"not YAML{place}", "see docs/data.md for its form") from None
+        raise Unfit(f"not YAML{place}", "write caption: … and values such as multiply: 2, or use a .txt file") from None
     if content is None:
         return Values(caption="")
     if isinstance(content, str):
         return Values(caption=clean(content))
     if not isinstance(content, dict):
-        raise Unfit("neither a text nor keys with values", "see docs/data.md for its form")
+        raise Unfit(
+            "neither a text nor keys with values", "write caption: … and values such as multiply: 2, or use a .txt file"
+        )
     content = dict(content)
     caption = content.pop("caption", content.pop("main_prompt", None))
     tags = content.pop("tags", None)

@@ -284,7 +284,14 @@ class Loader:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
             with _without_advice():
                 self._iterator = iter(self._loader)
-        item = next(self._iterator)
+        try:
+            item = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self.close()
+            advice = "probably for want of memory: lower num_workers or max_image_megapixels"
+            raise DataError(f"a data worker was ended by the system, {advice}") from None
         if isinstance(item, DataError):
             self.close()
             raise item

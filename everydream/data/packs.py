@@ -96,7 +96,10 @@ class PackWriter:
         self._bytes, self._since = 0, time.monotonic()
 
     def __enter__(self) -> PackWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self.folder}: cannot be made ({error.strerror}): set cache_dir") from None
         for leftover in self.folder.glob("*.tmp"):  # of a run that was killed
             with suppress(OSError):  # another run may do the same
                 if time.time() - leftover.stat().st_mtime > _STALE_SECONDS:

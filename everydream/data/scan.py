@@ -171,7 +171,10 @@ def _notes_of(root: Root, findings: Findings) -> list[str]:
 
 def _notes(findings: Findings, samples: Sequence[Sample]) -> list[str]:
     empty = [shown(sample.path) for sample in samples if not sample.caption]
+    same = Counter(sample.content for sample in samples)
+    copies = [shown(sample.path) for sample in samples if same[sample.content] > 1]
     lists = [
+        ("pictures that are there more than once, byte for byte", copies),
         (f"{len(empty)} captions are empty: these pictures train the unconditional prompt", empty),
         ("caption files and masks without a picture", [shown(path) for path in findings.without_picture]),
         ("second caption files of a picture, not used", [shown(path) for path in findings.shadowed]),

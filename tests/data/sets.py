@@ -29,10 +29,16 @@ def make_set(folder: Path, count: int = 13) -> Path:
 
 
 def source_of(
-    folder: Path, batch_size: int = 3, augmentation: Augmentation | None = None, masked_loss: bool = False
+    folder: Path,
+    batch_size: int = 3,
+    augmentation: Augmentation | None = None,
+    masked_loss: bool = False,
+    resolution: int = 32,
 ) -> Source:
     samples = scan([Root("subject", folder)], masked_loss=masked_loss).usable()
-    buckets = assign([(sample.identity, sample.width, sample.height) for sample in samples], bucket_sizes(32, 8))
+    buckets = assign(
+        [(sample.identity, sample.width, sample.height) for sample in samples], bucket_sizes(resolution, 8)
+    )
     plan = Plan(buckets, batch_size, 555, multiplies={sample.identity: sample.multiply for sample in samples})
     return Source.of(samples, buckets, augmentation or Augmentation(), plan)
 

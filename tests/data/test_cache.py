@@ -339,3 +339,88 @@ def test_a_picture_that_vanished_is_named(tmp_path: Path) -> None:
     (tmp_path / "set" / "01.png").unlink()
     with pytest.raises(DataError, match=r"01\.png: cannot be read"):
         build(LatentCache(tmp_path / "cache", "vae"), source)
+
+
+def test_a_picture_that_changed_since_the_scan_is_not_cached(tmp_path: Path) -> None:
+    source = source_of(make_set(tmp_path / "set", 3))
+    write(tmp_path, "set/01.png", png(32, 32, seed=77))
+    with pytest.raises(DataError, match=r"01\.png: it is not what the check"):
+        build(LatentCache(tmp_path / "cache", "vae"), source)
+
+
+def test_numbers_that_are_not_finite_are_never_cached(folder: Path, tmp_path: Path) -> None:
+    def broken(pixels_BCHW: torch.Tensor):
+        return tuple(moment * float("nan") for moment in encode(pixels_BCHW))
+
+    with pytest.raises(DataError, match="latents are not finite"):
+        build(LatentCache(tmp_path, "vae"), source_of(folder), broken)
+    with pytest.raises(DataError, match="embeddings are not finite"):
+        build_texts(TextCache(tmp_path, "t"), ["a"], lambda captions: encode_text(captions) / 0.0)
+    assert files(tmp_path) == []
+
+
+def test_a_warm_cache_is_only_read(folder: Path, tmp_path: Path) -> None:
+    source = source_of(folder)
+    build(LatentCache(tmp_path, "vae"), source)
+    before = [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))]
+
+    def never(*inputs):
+        raise AssertionError("encoded again")
+
+    build(LatentCache(tmp_path, "vae"), source, never)
+    assert [(path, path.stat().st_mtime_ns) for path in sorted(tmp_path.rglob("*"))] == before
+
+
+# --- with a real encoder ---
+
+
+@pytest.fixture(scope="module")
+def family(tiny_model: Path):
+    from everydream.models.family import load, read_facts
+
+    return load(read_facts(str(tiny_model)), train=())
+
+
+DEMO = ROOT / "examples" / "demo"
+
+
+@pytest.mark.parametrize("name", ["subject", "class"])
+def test_the_demo_s_latents_and_texts_are_those_of_fresh_encodings(family, tmp_path: Path, name: str) -> None:
+    """Fresh: each picture alone with copies of itself, so neighbours, places and padding do not matter either."""
+    source = source_of(DEMO / name, 3, FLIPS, resolution=64)
+    latents, texts = LatentCache(tmp_path, "vae"), TextCache(tmp_path, "text")
+    requests, captions = source.latent_requests(), source.captions()
+    assert len(requests) == 2 * len(source.samples) and len(captions) > 1
+
+    def encode_captions(some: list[str]) -> torch.Tensor:
+        return family.encode_text(torch.from_numpy(family.tokenize(some, 1)))
+
+    with torch.no_grad():
+        build(latents, source, family.encode_pixels)
+        build_texts(texts, captions, encode_captions)
+        for request in requests:
+            pixels = pixels_of(request.sample, request.crop, request.size, request.flip, (255, 255, 255))
+            copies = torch.from_numpy(np.stack([pixels] * pictures_at_once(request.size)))
+            mean_BCHW, std_BCHW = family.encode_pixels(copies)
+            cached = latents.moments(request)
+            assert np.array_equal(cached[0], mean_BCHW[0].numpy()) and np.array_equal(cached[1], std_BCHW[0].numpy())
+        for caption in captions:
+            fresh = encode_captions([caption] * CAPTIONS_AT_ONCE)[0]
+            assert np.array_equal(texts.text(caption), fresh.numpy())
+
+
+def test_real_latents_do_not_depend_on_neighbours_or_shares(family, folder: Path, tmp_path: Path) -> None:
+    source = source_of(folder, 3, FLIPS, resolution=64)
+    requests = source.latent_requests()
+    assert len({request.size for request in requests}) >= 3
+    caches = [LatentCache(tmp_path / str(number), "vae") for number in range(3)]
+    options = {"vae_factor": FACTOR, "workers": 2}
+    with torch.no_grad():
+        build_latents(caches[0], requests, family.encode_pixels, **options)
+        for part in (requests[::3], requests[1::3], requests[2::3]):  # as interrupted builds would
+            build_latents(caches[1], part[::-1], family.encode_pixels, **options)
+        for rank in range(2):
+            build_latents(caches[2], requests, family.encode_pixels, rank=rank, world=2, **options)
+    for request in requests:
+        one, *others = (cache.moments(request) for cache in caches)
+        assert all(np.array_equal(one, other) for other in others)

@@ -229,15 +229,30 @@ def test_an_error_names_the_picture(tmp_path: Path, workers: int) -> None:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
+def test_a_killed_worker_is_told_as_such(folder: Path) -> None:
+    loader = Loader(dataset_of(source_of(folder, 1)), [("subject", index) for index in range(10**6)], num_workers=1)
+    next(loader)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(DataError, match="worker was ended"):
+        for _ in loader:
+            pass
+    assert multiprocessing.active_children() == []
+
+
 def test_closing_ends_the_workers_at_once(folder: Path) -> None:
     source = source_of(folder, 1)
     endless = (("subject", index) for index in range(10**9))
+    before = set(threading.enumerate())
     loader = Loader(dataset_of(source), endless, num_workers=2)
     next(loader)
     assert len(multiprocessing.active_children()) == 2
     loader.close()
     assert multiprocessing.active_children() == []
-    assert [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()] == []
+    for thread in set(threading.enumerate()) - before:  # of queues: told to end, not waited for
+        thread.join(60)
+        assert not thread.is_alive(), thread
     with pytest.raises(StopIteration):
         next(loader)
     gc.collect()

@@ -100,8 +100,8 @@ def test_camera_names_as_captions_are_said(tmp_path: Path) -> None:
 
 
 def test_what_surprises_is_said(tmp_path: Path) -> None:
-    for stem in ("a", "b", "c"):
-        write(tmp_path, f"{stem}.png", png())
+    for seed, stem in enumerate(("a", "b", "c")):
+        write(tmp_path, f"{stem}.png", png(seed=seed // 2))
     write(tmp_path, "a.txt", "")
     write(tmp_path, "a.caption", "second")
     write(tmp_path, "b.txt", "b")
@@ -110,6 +110,7 @@ def test_what_surprises_is_said(tmp_path: Path) -> None:
     notes = "\n".join(scanned(tmp_path).notes)
     for words in (
         "1 captions are empty",
+        "more than once, byte for byte",
         "without a picture\n",
         "nobody.txt",
         "second caption files",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from everydream.data.pictures import quiet_pillow, read_pixels
 from everydream.data.problems import Unfit
 from everydream.data.verify import verify
 from tests.data.pictures import encoded, jpeg, picture, png, smooth, write
@@ -177,3 +179,26 @@ def test_what_is_no_regular_file_is_never_opened(tmp_path: Path) -> None:
 def test_content_is_the_digest_of_the_bytes(tmp_path: Path) -> None:
     one, same, other = (verify(write(tmp_path, name, jpeg(seed=seed))) for name, seed in [("a", 0), ("b", 0), ("c", 1)])
     assert one == same and one.content != other.content
+
+
+def test_a_damaged_file_is_refused_or_can_be_read(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    outcomes = set()
+    for name, make in WHOLE.items():
+        content = make()
+        for _ in range(25):
+            damaged = bytearray(content)
+            for _ in range(rng.choice([1, 2, 9])):
+                at = rng.randrange(len(damaged))
+                damaged[at : at + rng.choice([0, 1, 3])] = rng.randbytes(rng.choice([0, 1, 2]))
+            path = write(tmp_path, name, bytes(damaged))
+            with quiet_pillow():
+                try:
+                    facts = verify(path)
+                except Unfit:
+                    outcomes.add("refused")
+                    continue
+                size = (facts.width, facts.height)
+                assert read_pixels(path, size, (0, 0, *size), (32, 32)).shape == (32, 32, 3)
+                outcomes.add("read")
+    assert outcomes == {"refused", "read"}
