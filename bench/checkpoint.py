@@ -1,0 +1,132 @@
+"""What a save costs training: python bench/checkpoint.py [--size demo small] [--device cuda]
+
+A bare loop trains a UNet with AdamW and an average of its weights, and saves both ways, in turns: waiting for the disk,
+and in the background. Lost: how much longer the steps from the beginning to the end of a background save took, with the
+snapshot before them, than as many steps without a save; as a share of the time that a waiting save takes. One thread
+trains, so a second core is there for the writer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "bench"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", default=["demo"], help="demo, small (55M), sd15")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="timed without a save, in each round")
+    parser.add_argument(
+        "--folder", type=Path, help="where to save: the disk that is measured (default: a temporary one)"
+    )
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        rows = [measure(size, options, Path(folder)) for size in options.size]
+    for row in rows:
+        print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+            )
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    from models import model_of
+
+    from everydream.training.saver import Saver
+
+    model, resolution = model_of(size, folder)
+    step, contents = training(model, resolution, options.device)
+    savers = {way: Saver(folder / size / way, background=way == "background", keep_last=1) for way in WAYS}
+    timed: dict[str, list[float]] = {"step": [], "waiting": [], "lost": [], "snapshot": [], "background": []}
+    for number in range(options.rounds + 1):
+        alone = timer(step, options.steps) / options.steps
+        savers["waiting"].save(number, contents())
+        [waiting] = savers["waiting"].outcomes()
+        savers["background"].join()
+        began, done = time.perf_counter(), 0
+        savers["background"].save(number, contents())
+        while not (outcomes := savers["background"].outcomes()):
+            step()
+            done += 1
+        lost = time.perf_counter() - began - done * alone
+        if number == 0:
+            continue  # the first save takes its memory, and the disk's cache is cold
+        for key, value in (("step", alone), ("waiting", waiting.seconds), ("lost", lost),
+                           ("snapshot", outcomes[0].held_s), ("background", outcomes[0].seconds)):  # fmt: skip
+            timed[key].append(value)
+    medians = {f"{key}_s": statistics.median(values) for key, values in timed.items()}
+    share = statistics.median(lost / waiting for lost, waiting in zip(timed["lost"], timed["waiting"], strict=True))
+    checkpoint = next((folder / size / "waiting").iterdir())
+    written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
+    return {"size": size, "device": options.device, "bytes": written, **medians, "lost_share": share}
+
+
+WAYS = ("waiting", "background")
+
+
+def training(model: Path, resolution: int, device: str) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
+    """(one update, what a checkpoint of it holds)."""
+    import torch
+
+    from everydream.models.family import load, read_facts
+    from everydream.optim.ema import EMA
+    from everydream.training import optimizer_state
+    from everydream.training.bag import as_content
+    from everydream.training.tensorfile import Tensors
+
+    torch.set_num_threads(1)
+    facts = read_facts(str(model))
+    family = load(facts, train=("unet",), device=torch.device(device))
+    side = resolution // facts.vae_factor
+    named = family.parameters_of("unet")
+    optimizer = torch.optim.AdamW(named.values(), lr=1e-6, fused=True)
+    ema = EMA(named, 0.999)
+    latents_BCHW = torch.randn(1, facts.latent_channels, side, side, device=device)
+    text_BLD = family.encode_text(torch.from_numpy(family.tokenize(["a thing"], 1)).to(device))
+    t_B = torch.tensor([500], device=device)
+    count = [0]
+
+    def step() -> None:
+        family.denoiser(latents_BCHW, t_B, text_BLD).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        count[0] += 1
+        ema.update(count[0])
+        if device != "cpu":
+            torch.cuda.synchronize()  # the trainer reads its loss once an update
+
+    def contents() -> dict[str, Any]:
+        tensors, _ = optimizer_state.capture({"unet": optimizer}, {"unet": named})
+        weights = {"unet": {name: parameter.detach() for name, parameter in named.items()}}
+        model = {f"model/{name}": as_content(content) for name, content in family.files(weights).items()}
+        return {**model, "optimizer.safetensors": Tensors(tensors), "ema.safetensors": Tensors(ema.tensors())}
+
+    return step, contents
+
+
+def timer(step: Callable[[], None], count: int) -> float:
+    began = time.perf_counter()
+    for _ in range(count):
+        step()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    main()
