@@ -208,12 +208,11 @@ class Tracker:
 
     def _failed(self, error: Exception) -> None:
         self._broken = True
-        self.log.event(
-            "tracker",
-            f"{self.name} failed and gets nothing more: {type(error).__name__}: {error}",
-            "warning",
-            todo=f"The run goes on; metrics.jsonl has every number. Turn it off with --no_{self.name}.",
-        )
+        what = f"{self.name} failed and gets nothing more: {type(error).__name__}: {error}"
+        todo = f"The run goes on; metrics.jsonl has every number. Turn it off with --no_{self.name}."
+        if isinstance(error, ModuleNotFoundError):
+            todo = f"Install it (pip install 'everydream[{self.name}]') or turn it off with --no_{self.name}."
+        self.log.event("tracker", what, "warning", todo=todo)
 
     def close(self) -> None:
         if self._background.is_used:

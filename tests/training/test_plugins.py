@@ -15,6 +15,8 @@ from everydream.errors import ConfigError, DivergedError
 from everydream.training.early_stop import EarlyStop, validations_since_best
 from everydream.training.log import NullLog
 from everydream.training.plugins import MOMENTS, PluginError, Plugins
+from tests.tiny import make_pictures
+from tests.training import runs
 
 SOURCE = """
 calls = []
@@ -58,7 +60,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
-    for name in ("my_plugins", "half"):
+    for name in ("my_plugins", "half", "stopper"):
         sys.modules.pop(name, None)
 
 
@@ -132,10 +134,43 @@ def test_a_plugin_may_end_the_run_with_an_error_of_ours() -> None:
         Plugins(["my_plugins.Diverged"]).after_step(FakeTrainer())  # type: ignore[arg-type]
 
 
+RUN = """
+class Stopper:
+    def __init__(self): self.told = []
+    def after_build(self, trainer): self.told.append(f"build {trainer.state.step}")
+    def after_step(self, trainer):
+        self.told.append(f"step {trainer.state.step}")
+        if trainer.state.step == 3:
+            trainer.stop_after_this_step("three are enough")
+    def after_save(self, trainer): self.told.append(f"save {trainer.state.step}")
+    def before_exit(self, trainer):
+        with open("told.txt", "w") as file:
+            file.write("; ".join(self.told))
+"""
+
+
+def test_a_run_calls_its_plugins_and_one_may_end_it(tiny_model: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 4, captions="red")
+    (tmp_path / "stopper.py").write_text(RUN)
+    assert runs.start(*runs.options(tiny_model, tmp_path / "pictures", tmp_path, plugins="stopper.Stopper")) == 0
+    assert (tmp_path / "told.txt").read_text() == "build 0; step 1; step 2; step 3; save 3"
+    run = runs.only_run(tmp_path)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-0000000003"]
+    assert [line["message"] for line in runs.lines(run / "events.jsonl") if line["kind"] == "stopped_by_plugin"] == [
+        "three are enough"
+    ]
+
+
+def test_a_run_refuses_a_plugin_before_it_writes_anything(tiny_model: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 4, captions="red")
+    assert runs.start(*runs.options(tiny_model, tmp_path / "pictures", tmp_path, plugins="stopper.Nothing")) == 2
+    assert not (tmp_path / "logs").exists()
+
+
 # --- early stop
 
 
-def run(values: list[float], plugin: EarlyStop, folder: Path | None = None, start: int = 0) -> int | None:
+def stops_at(values: list[float], plugin: EarlyStop, folder: Path | None = None, start: int = 0) -> int | None:
     """The step at which the plugin asks to stop: a validation every 10 steps, seen with the step after it."""
     trainer: Any = FakeTrainer(folder)
     plugin.after_build(trainer)
@@ -155,21 +190,21 @@ class Soon(EarlyStop):
 
 
 def test_early_stop_waits_for_its_patience() -> None:
-    assert run([3, 2, 1, 1.5, 1.5, 0.5], Soon()) == 41
-    assert run([3, 2, 1, 1.5, 0.9, 1.5, 0.8], Soon()) is None
+    assert stops_at([3, 2, 1, 1.5, 1.5, 0.5], Soon()) == 41
+    assert stops_at([3, 2, 1, 1.5, 0.9, 1.5, 0.8], Soon()) is None
 
 
 def test_early_stop_counts_validations_not_steps() -> None:
-    assert run([1.0, 1.0], Soon()) is None
+    assert stops_at([1.0, 1.0], Soon()) is None
 
 
 def test_early_stop_decides_the_same_after_a_resume(tmp_path: Path) -> None:
     values = [3.0, 2.0, 1.0, 1.5, 1.5, 1.5]
-    whole = run(values, Soon())
+    whole = stops_at(values, Soon())
     lines = [{"step": 10 * i, "loss_val": value} for i, value in enumerate(values[:4])]
     others = [{"step": 5, "loss": 0.1}, {"step": 6, "loss_val": None}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines]))
-    assert run(values, Soon(), tmp_path, start=30) == whole == 41
+    assert stops_at(values, Soon(), tmp_path, start=30) == whole == 41
 
 
 def test_a_small_change_may_count_as_none() -> None:
