@@ -85,11 +85,17 @@ def new(tokenizer: CLIPTokenizer, seed: int) -> torch.nn.ModuleDict:
 
 
 def train(
-    model: torch.nn.ModuleDict, vae: AutoencoderKL, tokenizer: CLIPTokenizer, seed: int, steps: int, batch: int = 24
+    model: torch.nn.ModuleDict,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    seed: int,
+    steps: int,
+    word_steps: int = 800,
+    batch: int = 24,
 ) -> None:
     """Trains in place and leaves the averaged weights (EMA). The autoencoder's scaling_factor must be set."""
     model.share_memory()
-    parallel.run(train_part, model, vae, tokenizer, seed, steps, batch)
+    parallel.run(train_part, model, vae, tokenizer, seed, steps, word_steps, batch)
     model.eval()
 
 
@@ -100,6 +106,7 @@ def train_part(
     tokenizer: CLIPTokenizer,
     seed: int,
     steps: int,
+    word_steps: int,
     batch: int,
 ) -> None:
     """One process's share: its own pictures, its part of each batch; the first one keeps the average."""
@@ -118,7 +125,7 @@ def train_part(
     share = np.array(list(PICTURE_SIZES.values())) / sum(PICTURE_SIZES.values())
     empty_L = tokenize(tokenizer, [""])[0].to(device)
     alphas_cumprod = DDPMScheduler(**SCHEDULER).alphas_cumprod.to(device)
-    learn_words(model["text_encoder"], pools[0], empty_L, rng, rank)
+    learn_words(model["text_encoder"], pools[0], empty_L, rng, rank, word_steps)
     chances_T, weights_T = high_noise_first(alphas_cumprod)
     progress = Progress("model", steps)
     for step in range(steps):
@@ -151,7 +158,7 @@ def learn_words(
     empty_L: torch.Tensor,
     rng: np.random.Generator,
     rank: int,
-    steps: int = 800,
+    steps: int,
 ) -> None:
     """Before the pictures, what CLIP's own training gives a text encoder: states from which the meaning can be read.
 
@@ -186,12 +193,12 @@ def learn_words(
 
 
 def high_noise_first(alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often to draw each timestep and how much its error counts: together the error of v, Salimans & Ho 2022, §4.
+    """How often to draw each timestep and how much its error counts: together 1/√ᾱ, half way from epsilon to v.
 
-    Only near pure noise does a model of this world need its caption, and there plain epsilon errors hardly count: with
-    them, the words came thousands of steps after the shapes.
+    Only near pure noise does a model of this world need its caption, and there plain epsilon errors hardly count; but
+    with v's (1/ᾱ, Salimans & Ho 2022, §4) the shapes, which are drawn at middle noise, come late.
     """
-    roots_T = alphas_cumprod.rsqrt()
+    roots_T = alphas_cumprod**-0.25
     chances_T = roots_T / roots_T.sum()
     return chances_T, roots_T / (chances_T * roots_T).sum()
 

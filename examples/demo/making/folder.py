@@ -52,7 +52,7 @@ def write(
     write_json(new / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_part(new / "vae", "diffusion_pytorch_model", vae.state_dict(), dict(vae.config))
     write_part(new / "unet", "diffusion_pytorch_model", unet.state_dict(), dict(unet.config))
-    text_config = {**text_encoder.config.to_dict(), "architectures": ["CLIPTextModel"], "torch_dtype": "float16"}
+    text_config = {**text_encoder.config.to_dict(), "architectures": ["CLIPTextModel"], "torch_dtype": "float32"}
     write_part(new / "text_encoder", "model", text_encoder_keys(text_encoder.state_dict()), text_config)
     if folder.exists():
         os.rename(folder, old)

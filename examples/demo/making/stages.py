@@ -44,12 +44,12 @@ def make_decoder(options: argparse.Namespace) -> None:
     vae = AutoencoderKL.from_pretrained(build / "vae")
     autoencoder.train(vae, options.seed + 1, options.decoder_steps, decoder_only=True)
     report(vae)
-    pipe = StableDiffusionPipeline.from_pretrained(options.out / "base_model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(options.out / "base_model")
     folder.write(options.out / "base_model", vae, pipe.text_encoder, pipe.unet, build / "tokenizer")
 
 
 def make_judges(options: argparse.Namespace) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(options.out / "base_model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(options.out / "base_model")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     options.judges.mkdir(parents=True, exist_ok=True)
