@@ -128,6 +128,14 @@ def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
         switch()
 
 
+def skip_where(optimizer: torch.optim.Optimizer, found_inf: torch.Tensor | None) -> None:
+    """Let the coming steps read on the device whether to be made: float32, 1 leaves weights and state as they are.
+
+    So the host may look a step later. For rows with `can_skip_on_device`; None ends it.
+    """
+    vars(getattr(optimizer, "optimizer", optimizer))["found_inf"] = found_inf
+
+
 def fused_on(device: str | torch.device) -> bool:
     """Whether torch has fused AdamW and SGD kernels for this device (CPU and CUDA both, since torch 2.5)."""
     from torch.utils._foreach_utils import _get_fused_kernels_supported_devices

@@ -18,7 +18,7 @@ SCHEDULES = ("constant", "linear", "cosine", "polynomial", "cosine_with_restarts
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer.
+    """One optimizer. `summary` is its line in docs/optimizers.md.
 
     `hyperparameters`: which of betas, epsilon, weight_decay it has; the others, where set, are reported as unused.
     `defaults`: lr and those hyperparameters. `arguments`: our name → the constructor's, where they differ.
@@ -35,7 +35,6 @@ class Row:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     package: str = "torch"
     extra: str | None = None  # pip install everydream[extra]
-    notes: str = ""
     state_bits: int = 32  # of each moment, for tensors of at least 4,096 elements
     moments: float | None = 2  # numbers of state a weight, about (memory.py counts exactly); None: not known
     fused_flag: bool = False  # takes fused=True: one kernel for all tensors
@@ -67,18 +66,20 @@ class Row:
 
 _ADAM = {"lr": LR, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.01}
 _LION = {"lr": 1e-7, "betas": (0.9, 0.99), "weight_decay": 0.0}
-_PAGED = "paging needs CUDA: on a CPU it runs exactly as {} does"
+_PAGED = "paging needs CUDA: on a CPU it is {}, and slow"
 
 _ROWS = (
     Row("adamw", "torch.optim.AdamW", "the reference: exact, fast, 8 bytes of state a weight", defaults=_ADAM,
         fused_flag=True, can_skip_on_device=True, elementwise=True),
     Row("adamw8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with its state in 8 bits: the default on a GPU",
-        defaults=_ADAM, package="bitsandbytes", state_bits=8, on_cpu="it is about ten times slower than adamw there"),
+        defaults=_ADAM, package="bitsandbytes", state_bits=8,
+        on_cpu="on a CPU a step takes some 25 times as long as adamw's"),
     Row("lion", "lion_pytorch.Lion", "the sign of a momentum: half of AdamW's state; a tenth of its lr",
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="lion-pytorch", moments=1,
         elementwise=True),
     Row("lion8bit", "bitsandbytes.optim.Lion8bit", "Lion with its momentum in 8 bits: 1 byte of state a weight",
-        hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1),
+        hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1,
+        on_cpu="on a CPU a step takes some 5 times as long as lion's"),
     Row("paged_adamw8bit", "bitsandbytes.optim.PagedAdamW8bit", "adamw8bit whose state may move to host memory",
         defaults=_ADAM, package="bitsandbytes", state_bits=8,
         on_cpu=_PAGED.format("adamw8bit")),
@@ -86,18 +87,17 @@ _ROWS = (
         hyperparameters=("betas", "weight_decay"), defaults=_LION, package="bitsandbytes", state_bits=8, moments=1,
         on_cpu=_PAGED.format("lion8bit")),
     Row("ademamix8bit", "bitsandbytes.optim.AdEMAMix8bit", "AdamW with a second, slow momentum: long runs",
-        defaults={**_ADAM, "betas": (0.9, 0.999, 0.9999)}, package="bitsandbytes", state_bits=8, moments=3),
-    Row("adafactor", "torch.optim.Adafactor", "almost no state: a row and a column of each matrix",
+        defaults={**_ADAM, "betas": (0.9, 0.999, 0.9999)}, package="bitsandbytes", state_bits=8, moments=3,
+        on_cpu="on a CPU a step takes some 40 times as long as adamw's"),
+    Row("adafactor", "torch.optim.Adafactor", "a row and a column of state for each matrix; lr relative to the weights",
         hyperparameters=("weight_decay",),
         # Its step is lr × the tensor's own RMS (about 0.03 in Stable Diffusion), AdamW's is lr: same size of step.
-        defaults={"lr": 3e-5, "weight_decay": 0.0}, moments=0,
-        notes="lr is relative to the size of the weights; epsilon is a pair, give it as args.eps"),
+        defaults={"lr": 3e-5, "weight_decay": 0.0}, moments=0),
     Row("muon", "everydream.optim.muon.MuonWithAdamW", "orthogonalised momentum for matrices, AdamW for all else",
         defaults=_ADAM, moments=1.5, fused_flag=True,
         # Update RMS equal to AdamW's (Liu et al. 2025, "Muon is scalable for LLM training"), so that one lr suits both.
-        fixed={"adjust_lr_fn": "match_rms_adamw"},
-        notes="torch's Muon takes 2-D weights only; convolutions, norms and biases are AdamW's"),
-    Row("sgd", "torch.optim.SGD", "plain gradient descent: no state without args.momentum",
+        fixed={"adjust_lr_fn": "match_rms_adamw"}),
+    Row("sgd", "torch.optim.SGD", "plain gradient descent; no state without `args.momentum`",
         hyperparameters=("weight_decay",), defaults={"lr": 1e-3, "weight_decay": 0.0}, moments=0,
         fused_flag=True, can_skip_on_device=True, elementwise=True),
     Row("prodigy", "prodigyopt.Prodigy", "AdamW that finds its own lr; leave lr at 1",
