@@ -139,18 +139,18 @@ def cells_of(path: Path) -> tuple[int, list[tuple[Image.Image, dict[str, Any]]]]
     return about.get("step", 0), cells
 
 
-def before_after(first: Path, last: Path, per_block: int = 5) -> Image.Image | None:
+def before_after(first: Path, last: Path, per_block: int = 6) -> Image.Image | None:
     """Pictures made alike at two steps, one above the other. None where the two have none in common."""
     before_step, before = cells_of(first)
     after_step, after = cells_of(last)
     pairs = [(old, new, facts) for old, facts in before for new, others in after if facts == others]
     if not pairs:
         return None
-    columns = min(per_block, len(pairs))
+    blocks = math.ceil(len(pairs) / per_block)
+    columns = math.ceil(len(pairs) / blocks)
     width, height = max(old.width for old, _, _ in pairs), max(old.height for old, _, _ in pairs)
     side = 92  # px, for the words at the left
     block_height = 2 * (height + GAP) + LABEL_LINES * LINE + 2 * GAP
-    blocks = math.ceil(len(pairs) / columns)
     size = (2 * MARGIN + side + columns * (width + GAP) - GAP, 2 * MARGIN + blocks * block_height - 2 * GAP)
     canvas = Image.new("RGB", size, BACKGROUND)
     pen = ImageDraw.Draw(canvas)

@@ -52,7 +52,9 @@ svg { display: block; width: 100%; height: auto; } .tick { font-size: 11px; fill
 button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge); border-radius: 6px;
   padding: 2px 10px; cursor: pointer; }
 .plan { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 16px; }
-.plan ul { margin: 8px 0 0; padding-left: 18px; font-size: 13px; }
+.plan ul { margin: 8px 0 0; padding-left: 18px; font-size: 13px; } .plan li { white-space: pre-line; }
+.plan .wide { grid-column: 1 / -1; order: 1; }
+.plan pre { margin: 8px 0 0; font: 12px/1.6 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
 .warnings { list-style: none; padding: 0; margin: 0; display: grid; gap: 8px; }
 .warnings li { border-left: 4px solid var(--c1); }
 .warnings p { margin: 2px 0 0; color: var(--faint); white-space: pre-line; }

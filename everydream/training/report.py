@@ -247,8 +247,12 @@ def _plan(told: Told) -> Escaped:
         return ""
     drawn = []
     for title, lines in sections.items():
-        items = "".join(f"<li>{html.escape(str(line))}</li>" for line in lines)
-        drawn.append(f"<div><h3>{html.escape(title)}</h3><ul>{items}</ul></div>" if items else "")
+        texts = [html.escape(str(line)) for line in lines]
+        # What is aligned in columns stays aligned.
+        is_table = any("  " in line.strip() for text in texts for line in text.splitlines())
+        items = "<pre>{}</pre>".format("\n".join(texts)) if is_table else f"<ul><li>{'</li><li>'.join(texts)}</li></ul>"
+        wide = ' class="wide"' if is_table else ""
+        drawn.append(f"<div{wide}><h3>{html.escape(title)}</h3>{items}</div>" if texts else "")
     return f'<section><h2>Data and plan</h2><div class="plan">{"".join(drawn)}</div></section>'
 
 

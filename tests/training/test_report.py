@@ -171,6 +171,16 @@ def test_spread_keeps_the_ends() -> None:
     assert spread([1, 2], 5) == [1, 2]
 
 
+def test_a_table_of_the_plan_stays_aligned(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with open(folder / "events.jsonl", "a") as file:
+        lines = ["part   tensors", "unet       208"]
+        file.write(json.dumps(event("plan", 0, sections={"Trained": lines, "Notes": ["one\n  of two lines"]})) + "\n")
+    text = write_report(folder).read_text()
+    assert "<pre>part   tensors\nunet       208</pre>" in text
+    assert "<li>one\n  of two lines</li>" in text
+
+
 # --- charts
 
 
