@@ -33,7 +33,7 @@ class World:
         make_tiny_model(folder / "model")
         make_pictures(folder / "pictures", 7, size=[(64, 64), (96, 48)], captions=CAPTIONS)
         make_pictures(folder / "class", 4, captions="a red star", seed=1)
-        (folder / "prompts.txt").write_text("a sks star\n")
+        (folder / "prompts.json").write_text('{"steps": 2, "size": [32, 32], "prompts": ["a sks star"]}')
 
     def settings(self, name: str, optimizer: dict[str, Any] | None = None, **changes: Any) -> Path:
         """A train.json for the runs in `logs/<name>`."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.conftest import Inject
+
 ROOT = Path(__file__).parents[2]
 NAMES = ["model/model_index.json", "model/unet/weights.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -44,10 +46,11 @@ print(json.dumps([fill(Path(sys.argv[1]) / str(background), background) for back
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such limit there")
-def test_a_full_disk_in_each_file_costs_that_save_only(tmp_path: Path) -> None:
+def test_a_full_disk_in_each_file_costs_that_save_only(tmp_path: Path, injected: Inject) -> None:
     command = [sys.executable, "-c", CODE, str(tmp_path), *NAMES]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True)
     for results, errors, at_last in json.loads(done.stdout):
         assert results == [[n, ["step-0000000001"], []] for n in range(1, len(NAMES) + 1)]
         assert all("cannot save" in error and "File too large" in error for error in errors)
         assert at_last == ["step-0000000009"]  # room again: saved, and only now the old one goes
+    injected("disk full in each file of a save", 2 * len(NAMES))

@@ -19,6 +19,7 @@ from everydream.training import checkpoint
 from everydream.training.retention import Retention
 from everydream.training.runfolder import Run, make_run, runs
 from everydream.training.storage import Bytes, write_atomically
+from tests.faults.conftest import Inject
 from tests.faults.powercut import Recorder, State, lay_out, states
 
 RECORD = {"format": "everydream-config-1"}
@@ -97,7 +98,7 @@ def fast() -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_every_state_after_a_cut_loads_the_old_or_the_new_checkpoint(fast: Path) -> None:
+def test_every_state_after_a_cut_loads_the_old_or_the_new_checkpoint(fast: Path, injected: Inject) -> None:
     disk = record(fast / "disk")
     count = 0
     for n, cut, state in states(disk, fast / "disk", randoms=20):
@@ -109,17 +110,18 @@ def test_every_state_after_a_cut_loads_the_old_or_the_new_checkpoint(fast: Path)
         assert not problem, f"after operation {n}, {cut}, done {done}: {problem}\n{_listing(state)}"
         shutil.rmtree(fast / "found")
         count += 1
-    print(f"power cuts: {count} states, 0 lost")
+    injected("power cut: different states of the disk afterwards", count)
     assert count > 2 * len(disk.operations)
 
 
-def test_each_sync_is_needed(fast: Path) -> None:
+def test_each_sync_is_needed(fast: Path, injected: Inject) -> None:
     syncs = record(fast / "all").syncs
     assert syncs > 20
     for without in range(syncs):
         root = fast / str(without)
         disk = record(root, without)
         assert _is_noticed(disk, root, fast / "found"), f"without sync {without} nothing was ever lost"
+    injected("sync left out: the power-cut test notices", syncs)
 
 
 def _is_noticed(disk: Recorder, root: Path, found: Path) -> bool:

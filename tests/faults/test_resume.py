@@ -5,20 +5,33 @@ Weights, average, optimizer, state, every line of metrics.jsonl and schedule.jso
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from everydream.optim import table
+from tests.faults.conftest import Inject
 from tests.faults.running import World, assert_same_run, lines, newest_run, stop
 
+Interrupted = Callable[..., Path]
 LR = {"sgd": 0.1, "prodigy": 1.0, "adafactor": 3e-2}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def interrupted(world: World, injected: Inject) -> Callable[..., Path]:
+    def run(name: str, stops: list[int], **settings: Any) -> Path:
+        folder = assert_interruption_leaves_no_trace(world, name, stops, **settings)
+        injected("stop and resume, bit for bit", len(stops))
+        return folder
+
+    return run
 
 
 def assert_interruption_leaves_no_trace(world: World, name: str, stops: list[int], **settings: Any) -> Path:
@@ -34,45 +47,44 @@ def assert_interruption_leaves_no_trace(world: World, name: str, stops: list[int
 
 
 @pytest.mark.parametrize("name", table.ROWS)
-def test_every_optimizer_resumes_bit_for_bit(world: World, name: str) -> None:
+def test_every_optimizer_resumes_bit_for_bit(interrupted: Interrupted, name: str) -> None:
     """Stopped where the other run does not save, in the middle of an epoch and of the warm-up."""
     optimizer = {"optimizer": name, "lr": LR.get(name, 1e-3), "lr_warmup_steps": 5}
     optimizer["lr_scheduler"] = "constant_with_warmup"
-    assert_interruption_leaves_no_trace(world, name, [3], optimizer=optimizer, max_steps=5, save_every_n_steps=4)
+    interrupted(name, [3], optimizer=optimizer, max_steps=5, save_every_n_steps=4)
 
 
 EVERYTHING: dict[str, Any] = {
     "grad_accum": 2, "cond_dropout": 0.3, "shuffle_tags": True, "flip_p": 0.5, "crop_jitter": 0.1,
     "class_data_root": "class", "class_prompt": "a star", "prior_loss_weight": 0.5, "min_snr_gamma": 5.0,
     "ema_decay_rate": 0.9, "clip_grad_norm": 1.0, "write_schedule": True, "log_step": 2,
-    "sample_prompts": "prompts.txt", "sample_steps": 3, "max_steps": 7, "save_every_n_steps": None,
+    "sample_prompts": "prompts.json", "sample_steps": 3, "max_steps": 7, "save_every_n_steps": None,
 }  # fmt: skip
 
 
-def test_everything_at_once_resumes_bit_for_bit(world: World) -> None:
-    """Accumulation, class pictures, augmentation, average, previews, validation; stopped twice."""
+def test_everything_at_once_resumes_bit_for_bit(world: World, interrupted: Interrupted) -> None:
+    """Accumulation, class pictures, augmentation, average, previews, validation; stopped twice, once with a preview due."""
     validation = world.folder / "validation.json"
     validation.write_text('{"every_n_epochs": 0, "every_n_steps": 2, "stabilize_training_loss": true}')
     optimizer = {"optimizer": "adamw", "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
-    folder = assert_interruption_leaves_no_trace(
-        world, "everything", [1, 3], optimizer=optimizer, validation_config=str(validation), **EVERYTHING
-    )
+    validating = {"optimizer": optimizer, "validation_config": str(validation)}
+    folder = interrupted("everything", [1, 3], **validating, **EVERYTHING)
     kinds = [event["kind"] for event in lines(folder / "events.jsonl")]
     assert kinds.count("resume") == 2
     assert [line["step"] for line in lines(folder / "metrics.jsonl") if "loss" in line] == [2, 4, 6]
 
 
-def test_caches_and_workers_leave_no_trace(world: World) -> None:
+def test_caches_leave_no_trace(interrupted: Interrupted) -> None:
     settings = {"cache_latents": True, "disable_textenc_training": True, "flip_p": 0.5}
-    assert_interruption_leaves_no_trace(world, "caches", [3], **settings)
+    interrupted("caches", [3], **settings)
 
 
-def test_bfloat16_weights_resume_bit_for_bit(world: World) -> None:
-    assert_interruption_leaves_no_trace(world, "bfloat16", [3], weights_dtype="bfloat16", mixed_precision="bf16")
+def test_bfloat16_weights_resume_bit_for_bit(interrupted: Interrupted) -> None:
+    interrupted("bfloat16", [3], weights_dtype="bfloat16", mixed_precision="bf16")
 
 
-def test_fused_backward_resumes_bit_for_bit(world: World) -> None:
-    assert_interruption_leaves_no_trace(world, "fused", [3], fused_backward=True)
+def test_fused_backward_resumes_bit_for_bit(interrupted: Interrupted) -> None:
+    interrupted("fused", [3], fused_backward=True)
 
 
 def test_lines_after_the_checkpoint_are_superseded_not_doubled(world: World) -> None:

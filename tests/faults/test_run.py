@@ -19,6 +19,7 @@ from everydream.training.runfolder import runs
 from everydream.training.storage import DISK, Files
 from everydream.training.turns import Trainer
 from everydream.training.update import Update
+from tests.faults.conftest import Inject
 from tests.faults.running import World, assert_same_run, lines, newest_checkpoint, newest_run, stop
 from tests.tiny import make_pictures
 
@@ -54,13 +55,16 @@ def tensors_of(run: Path, step: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_boundary_and_is_the_exit_code(world: World, signum: int, code: int) -> None:
+def test_a_signal_saves_at_the_boundary_and_is_the_exit_code(
+    world: World, signum: int, code: int, injected: Inject
+) -> None:
     config = world.settings(f"signal-{code}", save_every_n_steps=None)
     assert world.train(config, at={3: stop(signum)}) == code
     run = newest_run(world.logdir(config))
     assert steps(run) == [3] and newest_checkpoint(run)
     [end] = events(run, "end")
     assert end["code"] == code and lines(run / "events.jsonl")[-1] == end
+    injected("SIGTERM or SIGINT to script, launcher or process", 1)
 
 
 # Resuming
@@ -90,7 +94,7 @@ def test_none_valid_is_exit_4_and_touches_nothing(world: World, capfd: pytest.Ca
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def test_a_damaged_latest_is_said_and_trained_again(world: World, straight: Path) -> None:
+def test_a_damaged_latest_is_said_and_trained_again(world: World, straight: Path, injected: Inject) -> None:
     config = world.settings("damaged")
     assert world.train(config, at={5: stop()}) == 143
     run = newest_run(world.logdir(config))
@@ -101,6 +105,7 @@ def test_a_damaged_latest_is_said_and_trained_again(world: World, straight: Path
     assert_same_run(straight, run)
     assert any("step-0000000005 cannot be used: optimizer.safetensors" in e["message"] for e in events(run, "resume"))
     assert (run / "checkpoints" / "superseded-step-0000000005").is_dir()
+    injected("latest checkpoint damaged before a resume", 1)
 
 
 def test_an_earlier_checkpoint_by_name_sets_the_later_ones_aside(world: World, straight: Path) -> None:
@@ -131,7 +136,7 @@ def test_a_longer_run_goes_on(world: World, straight: Path) -> None:
 
 
 def test_changed_pictures_are_refused_or_accepted_from_the_next_epoch(
-    world: World, capfd: pytest.CaptureFixture[str]
+    world: World, capfd: pytest.CaptureFixture[str], injected: Inject
 ) -> None:
     pictures = world.folder / "changing"
     make_pictures(pictures, 6, captions="a star")
@@ -149,9 +154,12 @@ def test_changed_pictures_are_refused_or_accepted_from_the_next_epoch(
     after = [line for line in schedule if line["step"] > 4]
     assert all(epoch >= 2 for line in after for epoch in line["epochs"])
     assert any("new.png" in name for line in after for name in line["samples"])
+    injected("pictures or captions changed before a resume", 3)
 
 
-def test_a_second_run_in_the_folder_is_refused(world: World, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_in_the_folder_is_refused(
+    world: World, capfd: pytest.CaptureFixture[str], injected: Inject
+) -> None:
     config = world.settings("locked", max_steps=2)
     assert world.train(config, at={1: stop()}) == 143
     [run] = runs(world.logdir(config))
@@ -159,6 +167,7 @@ def test_a_second_run_in_the_folder_is_refused(world: World, capfd: pytest.Captu
         assert world.train(config, "--resume", "latest") == 2
     assert "is in use by" in capfd.readouterr().err
     assert world.train(config, "--resume", "latest") == 0
+    injected("second run in the same folder", 1)
 
 
 # Numbers that are not finite
@@ -189,7 +198,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, where: str, at: set[int]) -> None:
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_step_that_is_not_finite_leaves_the_weights_and_names_the_pictures(
-    world: World, monkeypatch: pytest.MonkeyPatch, where: str, fused: bool
+    world: World, monkeypatch: pytest.MonkeyPatch, where: str, fused: bool, injected: Inject
 ) -> None:
     poisoned(monkeypatch, where, {3})
     config = world.settings(f"nan-{where}-{fused}", save_every_n_steps=1, fused_backward=fused, max_steps=4)
@@ -202,10 +211,11 @@ def test_a_step_that_is_not_finite_leaves_the_weights_and_names_the_pictures(
     [skipped] = events(run, "skipped")
     assert skipped["samples"] and all(name.startswith("subject/") for name in skipped["samples"])
     assert len(skipped["samples"]) == (1 if where == "loss" else 2)
+    injected("NaN in a loss or in gradients", 1)
 
 
 def test_three_in_a_row_go_back_to_the_last_checkpoint_and_past_the_pictures(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, injected: Inject
 ) -> None:
     poisoned(monkeypatch, "loss", {3, 4, 5})
     config = world.settings("rolled-back", max_steps=8, save_every_n_steps=2)
@@ -217,6 +227,7 @@ def test_three_in_a_row_go_back_to_the_last_checkpoint_and_past_the_pictures(
     assert state["skipped_steps"] == [3, 4, 5] and state["rollbacks"] == [[5, 4]]
     assert steps(run) == [2, 4, 6, 8]
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(run / "metrics.jsonl") if "loss" in line)
+    injected("NaN in a loss or in gradients", 3)
 
 
 def test_without_a_checkpoint_to_go_back_to_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +272,7 @@ def full(monkeypatch: pytest.MonkeyPatch, fails: set[int]) -> None:
 
 
 def test_one_failed_save_is_said_and_the_run_goes_on(
-    world: World, straight: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, straight: Path, monkeypatch: pytest.MonkeyPatch, injected: Inject
 ) -> None:
     full(monkeypatch, {2})
     config = world.settings("once-full")
@@ -271,28 +282,33 @@ def test_one_failed_save_is_said_and_the_run_goes_on(
     [failed] = events(run, "save_failed")
     assert "No space left on device" in failed["message"] and failed["level"] == "warning"
     assert_same_run(straight, run)
+    injected("disk full in a run's save", 1)
 
 
-def test_three_failed_saves_in_a_row_are_exit_5(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_failed_saves_in_a_row_are_exit_5(
+    world: World, monkeypatch: pytest.MonkeyPatch, injected: Inject
+) -> None:
     full(monkeypatch, set(range(2, 100)))
     config = world.settings("full", max_steps=50, save_every_n_steps=2)
     assert world.train(config) == 5
     run = newest_run(world.logdir(config))
     assert steps(run) == [2] and "3 saves in a row failed" in events(run, "end")[0]["reason"]
     assert os.listdir(run / "checkpoints") == ["step-0000000002"]
+    injected("disk full in a run's save", 3)
 
 
 @pytest.mark.parametrize("at", [{}, {3: stop()}], ids=["the last", "on a signal"])
 def test_a_failed_last_save_is_exit_5(
-    world: World, monkeypatch: pytest.MonkeyPatch, at: dict[int, Callable[[], object]]
+    world: World, monkeypatch: pytest.MonkeyPatch, at: dict[int, Callable[[], object]], injected: Inject
 ) -> None:
     full(monkeypatch, {1})
     config = world.settings(f"full-last-{len(at)}", save_every_n_steps=None)
     assert world.train(config, at=at) == 5
     assert steps(newest_run(world.logdir(config))) == []
+    injected("disk full in a run's save", 1)
 
 
-def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Path) -> None:
+def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Path, injected: Inject) -> None:
     config = world.settings("removed")
 
     def remove() -> None:
@@ -302,6 +318,7 @@ def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Pa
     run = newest_run(world.logdir(config))
     assert steps(run) == [4, 6]
     assert tensors_of(run, 6) == tensors_of(straight, 6)
+    injected("checkpoint folder removed under way", 1)
 
 
 def test_blocking_and_background_saves_write_the_same(world: World, straight: Path) -> None:
@@ -312,17 +329,18 @@ def test_blocking_and_background_saves_write_the_same(world: World, straight: Pa
     assert [event["held_s"] == event["seconds"] for event in events(run, "saved")] == [True] * 3
 
 
-def test_the_base_model_may_vanish_after_the_start(world: World, straight: Path) -> None:
+def test_the_base_model_may_vanish_after_the_start(world: World, straight: Path, injected: Inject) -> None:
     shutil.copytree(world.folder / "model", world.folder / "vanishing")
     config = world.settings("vanished", base_model="vanishing")
     assert world.train(config, at={3: lambda: shutil.rmtree(world.folder / "vanishing")}) == 0
     assert tensors_of(newest_run(world.logdir(config)), 6) == tensors_of(straight, 6)
+    injected("base model removed under way", 1)
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_truncated_base_model_is_a_clean_error(
-    world: World, part: str, keep: int, capfd: pytest.CaptureFixture[str]
+    world: World, part: str, keep: int, capfd: pytest.CaptureFixture[str], injected: Inject
 ) -> None:
     name = f"truncated-{part}-{keep}"
     shutil.copytree(world.folder / "model", world.folder / name)
@@ -332,6 +350,7 @@ def test_a_truncated_base_model_is_a_clean_error(
     said = capfd.readouterr().err
     assert weights.name in said and "Traceback" not in said
     assert not world.logdir(world.folder / f"{name}.json").exists()
+    injected("base model truncated", 1)
 
 
 # Formats
