@@ -180,8 +180,10 @@ class Bar(Silent):
         if self._live is None:
             from rich.live import Live
 
-            # No thread of its own that would take the interpreter from the training; and stdout and stderr stay ours.
-            self._live = Live(self, console=self.console, auto_refresh=False)
+            # No thread of its own that would take the interpreter from the training. What is printed by others goes
+            # above the bar, except to a stdout that is a file.
+            aside = sys.stdout.isatty()
+            self._live = Live(self, console=self.console, auto_refresh=False, redirect_stdout=aside)
             self._live.start()
         self._live.refresh()
         self._due = time.monotonic() + BAR_SECONDS
