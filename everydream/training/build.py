@@ -247,7 +247,7 @@ class Build:
             plugins=prepared.plugins,
             denoiser=denoiser,
             report_due=self._due(settings.log_step),
-            preview_due=self._due(settings.sample_steps, at_ends=True),
+            preview_due=self._due(settings.sample_steps, at_ends=True, last=self.state.previewed),
             validation_due=self._validation_due(),
             save_due=self._due(settings.save_every_n_steps, settings.save_every_n_epochs),
             save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
@@ -313,14 +313,19 @@ class Build:
         named = {f"{part}.{name}": p for part, parameters in trained.items() for name, p in parameters.items()}
         return EMA(named, settings.ema_decay_rate, settings.ema_update_interval, settings.ema_device)
 
-    def _due(self, steps: int | None = None, epochs: float | None = None, *, at_ends: bool = False) -> Due:
-        # A checkpoint is the end of its turn: what was due on its step has been done.
-        last = self.state.step if self.prepared.start.checkpoint else -1
+    def _due(
+        self, steps: int | None = None, epochs: float | None = None, *, at_ends: bool = False, last: int | None = None
+    ) -> Due:
+        # A checkpoint is the end of its turn: what was due on its step has been done, unless a stop cut it short.
+        done = self.state.step if self.prepared.start.checkpoint else -1
+        last = done if last is None else last
         return Due(self.prepared.clock, steps, epochs, at_start=at_ends, at_end=at_ends, last=last)
 
     def _validation_due(self) -> Due:
         chosen = self.prepared.resolved.validation
-        return self._due(chosen.every_n_steps, chosen.every_n_epochs, at_ends=True) if chosen else self._due()
+        if chosen is None:
+            return self._due()
+        return self._due(chosen.every_n_steps, chosen.every_n_epochs, at_ends=True, last=self.state.validated)
 
     def _previews(self) -> NoPreviews:
         prepared, settings = self.prepared, self.settings

@@ -25,7 +25,6 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name → class in diffu
     "ddim": ("DDIMScheduler", {"clip_sample": False}),  # our own, in fact: diffusion/ddim.py
     "ddpm": ("DDPMScheduler", {"clip_sample": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "lms": ("LMSDiscreteScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),

@@ -23,6 +23,8 @@ class TrainState:
     loss_count: int = 0
     prior_sum: float = 0.0
     prior_count: int = 0
+    previewed: int = -1  # the last step whose preview, and validation, came to its end: a stop may have cut it short,
+    validated: int = -1  # and then the resumed run makes up for it
     skipped_steps: list[int] = field(default_factory=list)  # updates left out: their loss or gradient was not finite
     rollbacks: list[list[int]] = field(default_factory=list)  # [step it happened at, step that was loaded]
     lr_horizon: int | None = None  # the step at which the learning rates end their decay

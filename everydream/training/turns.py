@@ -114,6 +114,8 @@ class Trainer:
         if self.preview_due(self.state.step):
             with self.profile("preview"), self._failure_is_reported("the preview"), self.evaluating():
                 self.previews(self.state.step)
+            if not self._is_stopping():
+                self.state.previewed = self.state.step
 
     def validate(self) -> None:
         if self.validation_due(self.state.step):
@@ -121,6 +123,8 @@ class Trainer:
                 values = self.validation(self.state.step)
                 if values:
                     self.log.metrics(self.state.step, values)
+            if not self._is_stopping():
+                self.state.validated = self.state.step
 
     def save(self) -> None:
         """What is due on this step, or what a stop or the end of the run asks for. Never at step 0."""
@@ -229,6 +233,10 @@ class Trainer:
         self.log.event("rolled_back", message, "warning", todo=advice + ".", to=step)
 
     # Helpers
+
+    def _is_stopping(self) -> bool:
+        """Whether a signal has reached any process: previews and validation end at once then, without a result."""
+        return any(self.ranks.gather(self.update.stop.signum))
 
     def _flags(self) -> tuple[bool, int]:
         """Rank 0's clock and saver, for all: they travel with the update's host read."""
