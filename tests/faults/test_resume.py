@@ -63,7 +63,7 @@ EVERYTHING: dict[str, Any] = {
 
 
 def test_everything_at_once_resumes_bit_for_bit(world: World, interrupted: Interrupted) -> None:
-    """Accumulation, class pictures, augmentation, average, previews, validation; stopped where a preview is due, too."""
+    """Accumulation, class pictures, augmentation, average, previews, validation; one stop where a preview is due."""
     validation = world.folder / "validation.json"
     validation.write_text('{"every_n_epochs": 0, "every_n_steps": 2, "stabilize_training_loss": true}')
     optimizer = {"optimizer": "adamw", "lr": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2}
