@@ -25,9 +25,9 @@ class File:
 class Folder:
     now: dict[str, File | Folder] = field(default_factory=dict)
     kept: dict[str, File | Folder] = field(default_factory=dict)
-    changes: list[Callable[[dict[str, File | Folder]], None]] = field(default_factory=list)  # from kept to now
+    changes: list[Callable[[dict[str, File | Folder]], object]] = field(default_factory=list)  # from kept to now
 
-    def change(self, what: Callable[[dict[str, File | Folder]], None]) -> None:
+    def change(self, what: Callable[[dict[str, File | Folder]], object]) -> None:
         what(self.now)
         self.changes.append(what)
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import pytest
@@ -53,6 +54,12 @@ LONG = {
 }
 
 
+SETTINGS: dict[str, Any] = {
+    "max_steps": 100_000, "save_every_n_steps": None, "save_single_file": True,
+    "global_batch_size": 4,  # what two processes began one may go on with
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
@@ -61,7 +68,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def start(world: World, name: str, case: Case) -> Started:
     """Returns once some updates are done."""
     # A global batch, so that what two processes began one may go on with.
-    changes = {"max_steps": 100_000, "save_every_n_steps": None, "save_single_file": True, "global_batch_size": 4}
+    changes: dict[str, Any] = {
+        "max_steps": 100_000,
+        "save_every_n_steps": None,
+        "save_single_file": True,
+        "global_batch_size": 4,
+    }
     config = world.settings(name, **changes)
     command = case.command("--config", config)
     started = subprocess.Popen(
