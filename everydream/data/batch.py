@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -64,3 +65,30 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Called by the data loader."""
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers send a batch as one piece: small ones as bytes in the pipe, large ones as one tensor in shared memory.
+        # Measured in the parent, 100 kB: 0.7 ms, one shared tensor 1.3, each tensor by itself 1.7; 8 MB: 13, 2.6, 3.4.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        places, end = {}, 0
+        for name, tensor in tensors.items():
+            places[name] = (end, tensor.nbytes, tensor.dtype, tensor.shape)
+            end += -(-tensor.nbytes // _ALIGNED) * _ALIGNED
+        flat = np.empty(end, dtype=np.uint8)
+        for name, (begin, count, _, _) in places.items():
+            flat[begin : begin + count] = tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        others = {name: value for name, value in values.items() if name not in tensors}
+        return _unpacked, (others, places, flat if end < _SMALL else torch.from_numpy(flat))
+
+
+_ALIGNED, _SMALL = 64, 1 << 20  # bytes
+
+
+def _unpacked(others: dict[str, Any], places: dict[str, Any], flat: np.ndarray | torch.Tensor) -> Batch:
+    flat = torch.from_numpy(flat) if isinstance(flat, np.ndarray) else flat
+    tensors: dict[str, Any] = {
+        name: flat[begin : begin + count].view(dtype).reshape(shape)
+        for name, (begin, count, dtype, shape) in places.items()
+    }
+    return Batch(**others, **tensors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -282,12 +283,13 @@ class Loader:
     def __next__(self) -> Batch:
         if self._iterator is None:
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
-            with _without_advice():
+            with _without_advice(), _without_child_handler():
                 self._iterator = iter(self._loader)
         try:
             item = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, EOFError, OSError) as error:
+            # torch saw that a worker is gone, or it went with a batch half on its way.
+            if not self._loader.num_workers or (type(error) is RuntimeError and "worker" not in str(error)):
                 raise
             self.close()
             advice = "probably for want of memory: lower num_workers or max_image_megapixels"
@@ -319,3 +321,16 @@ def _without_advice() -> Iterator[None]:
         # Python 3.12 warns of forking beside threads; the workers use none of theirs, nor their locks.
         warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
         yield
+
+
+@contextmanager
+def _without_child_handler() -> Iterator[None]:
+    """torch's handler of SIGCHLD would raise a dead worker's error wherever the parent is, in the middle of a save too;
+    without it the error comes from waiting for that worker's batch, within 5 s."""
+    ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if ours else None
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
