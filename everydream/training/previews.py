@@ -138,7 +138,9 @@ class Previews(NoPreviews):
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, Bytes(grids.png(image, {"step": step, "cells": facts})))
         except OSError as error:
-            self._warn(f"{path} cannot be written: {error}", "Training goes on: free disk space or make it writable.")
+            reason = error.strerror or str(error)
+            todo = "Training goes on: free disk space or make it writable."
+            self._warn(f"{path.parent}: previews cannot be written: {reason}", todo)
             return []
         self.log.event("preview", f"Preview: {path}", "debug", step=step, path=str(path.relative_to(self.folder)))
         self.log.images(step, "preview", [path])

@@ -50,7 +50,7 @@ class Profile(NoProfile):
         self._open: list[float] = []  # seconds of phases inside each open phase: a phase's time is its own
         self._began = 0.0
         self._tracer: Any = None
-        self._is_done = False
+        self._is_done = self._has_failed = False
 
     def synchronize(self) -> None:
         if self.device_type == "cuda":
@@ -143,8 +143,10 @@ class Profile(NoProfile):
         try:
             yield
         except Exception as error:  # a full disk; a profiler that the driver refuses
-            todo = "The run goes on. Make the run folder writable, or leave profile_steps out."
-            self.log.event("profile", f"{self.folder}: no profile: {error}", "warning", todo=todo)
+            if not self._has_failed:
+                todo = "The run goes on. Make the run folder writable, or leave profile_steps out."
+                self.log.event("profile", f"{self.folder}: no profile: {error}", "warning", todo=todo)
+            self._has_failed = True
 
 
 def phase_rows(seconds: dict[str, float], total_s: float, updates: int) -> list[dict[str, Any]]:

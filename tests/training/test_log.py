@@ -19,6 +19,8 @@ from everydream.training import jsonl, log, trackers
 from everydream.training.console import Console
 from everydream.training.log import NullLog, RunLog, cut_back
 from everydream.training.worker import Background
+from tests.tiny import make_pictures
+from tests.training import runs
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -133,6 +135,36 @@ def test_a_closed_stderr_ends_nothing(tmp_path: Path) -> None:
     run_log.metrics(1, {"loss": 1.0})
     run_log.close(0, "done")
     assert records(tmp_path / "events.jsonl")[-1]["kind"] == "end"
+
+
+IN_THE_WAY = """
+import shutil
+class Vandal:
+    def after_step(self, trainer):
+        folder = trainer.log.folder
+        if trainer.state.step == 2:
+            for name in ("events.jsonl", "metrics.jsonl", "report.html", "samples", "profile"):
+                path = folder / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                path.mkdir() if name.endswith(("jsonl", "html")) else path.write_text("")
+"""
+
+
+def test_a_run_goes_on_when_nothing_can_be_told_any_more(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", 4, captions="red")
+    (tmp_path / "vandal.py").write_text(IN_THE_WAY)
+    (tmp_path / "prompts.txt").write_text("red\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"sample_prompts": "prompts.txt", "sample_steps": 2, "plugins": "vandal.Vandal", "write_schedule": True}
+    words = runs.options(tiny_model, tmp_path / "pictures", tmp_path, profile_steps=1, **options)
+    assert runs.start(*words) == 0
+    assert (runs.only_run(tmp_path) / "checkpoints" / "step-0000000006" / "MANIFEST.json").exists()
+    told = capfd.readouterr().err
+    for what in ("events.jsonl cannot", "metrics.jsonl cannot", "report.html cannot", "no profile", "previews cannot"):
+        assert told.count(what) == 1, (what, told)
 
 
 # --- resume
