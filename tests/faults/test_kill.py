@@ -91,11 +91,19 @@ class Lives:
         process.start()
         return process
 
-    def killed_after(self, seconds: float) -> None:
+    def killed_after(self, updates: int, seconds: float) -> None:
+        """So many updates from where it begins, and a moment more; without updates, while it starts."""
         process = self.start()
+        wanted = self._lines() + updates
+        while process.is_alive() and updates and self._lines() < wanted:
+            time.sleep(0.01)
         process.join(seconds)
         process.kill()
         self._check(process)
+
+    def _lines(self) -> int:
+        files = [run.folder / "metrics.jsonl" for run in runs(self.world.logdir(self.config))[:1]]
+        return sum(path.read_bytes().count(b"\n") for path in files if path.exists())
 
     def killed_at_operation(self, n: int) -> None:
         process = self.start(n)
@@ -127,15 +135,14 @@ def survives(folder: Path, steps: int, kills: int, seed: int) -> int:
     """How many kills there were; a run of few steps may be done before the last of them."""
     world, rng = World(folder), random.Random(seed)
     straight = world.settings("straight", max_steps=steps, **SETTINGS)
-    began = time.monotonic()
     assert world.train(straight) == 0
-    whole = time.monotonic() - began
     lives = Lives(world, world.settings("killed", max_steps=steps, **SETTINGS))
     while lives.kills < kills and lives.best < steps:
         if rng.random() < 0.5:
             lives.killed_at_operation(rng.randint(1, 2 * SAVE_OPERATIONS))
         else:
-            lives.killed_after(rng.uniform(0.2, 1.0) * whole)
+            updates = rng.randint(0, 4)
+            lives.killed_after(updates, rng.uniform(0, 0.3 if updates else 3))
     run = lives.finish()
     assert lives.kills >= kills // 2, f"the run was done after {lives.kills} kills"
     assert_same_run(newest_run(world.logdir(straight)), run)
@@ -152,4 +159,4 @@ def test_a_run_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path,
 
 @pytest.mark.long
 def test_fifty_kills(tmp_path: Path, injected: Inject) -> None:
-    injected("kill -9", survives(tmp_path, steps=120, kills=50, seed=2))
+    injected("kill -9", survives(tmp_path, steps=200, kills=50, seed=2))
