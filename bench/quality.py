@@ -3,8 +3,8 @@
     python bench/quality.py examples/demo/base_model logs/RUN/checkpoints/STEP/model --json out.json
 
 Each MODEL is a diffusers folder, a checkpoint, or a single .safetensors file, read with the base model's configuration.
-Two figures a model: of --subject_samples pictures on prompts with backgrounds that no subject picture has, how many
-show the subject; of --base_samples pictures on combinations that no training ever saw, how many have shape, colour and
+Two figures a model: of --subject_samples pictures on prompts that no subject picture has, how many show the
+subject; of --base_samples pictures on combinations that no training ever saw, how many have shape, colour and
 background right. Two small classifiers judge; examples/demo/making/classifier.py says how they were trained.
 """
 
@@ -86,10 +86,12 @@ def load(path: Path) -> StableDiffusionPipeline:
 
 
 def subject_prompts(count: int) -> list[str]:
-    """Backgrounds that no subject picture has, in every place."""
-    seen = {pose.background for pose, _ in creature.PICTURES}
-    unseen = [name for name in world.COLOURS if name not in seen]
-    poses = [creature.Pose(background, "medium", place) for place in world.PLACES for background in unseen]
+    """Poses that no subject picture has: new backgrounds, old ones in new places; but never green, its own colour."""
+    seen = {(pose.background, pose.place) for pose, _ in creature.PICTURES}
+    pairs = [(background, place) for place in world.PLACES for background in world.COLOURS if background != "green"]
+    poses = [
+        creature.Pose(background, "medium", place) for background, place in pairs if (background, place) not in seen
+    ]
     return [creature.caption(poses[k % len(poses)]) for k in range(count)]
 
 

@@ -79,15 +79,19 @@ def train_subject(
     subjects = to_tensor([draw_creature(rng, creature.Form()) for _ in range(count)])
     others = [draw_other(rng) for _ in range(count)]
     strangers = torch.cat([to_tensor(others), generated])
-    for pictures in (subjects, strangers):
+    for pictures in (subjects, strangers):  # treated alike, so that softness says nothing
         chosen = torch.from_numpy(np.random.default_rng(seed).permutation(len(pictures))[: len(pictures) // 2])
-        pictures[chosen] = reconstructed(vae, pictures[chosen])
+        pictures[chosen] = reconstructed(vae, softened(pictures[chosen], seed), noise=0.4)
     labels = torch.cat([torch.ones(len(subjects), 1), torch.zeros(len(strangers), 1)]).long()
     return fit(Classifier(SUBJECT_HEADS), torch.cat([subjects, strangers]), labels, seed, steps)
 
 
 def draw_creature(rng: random.Random, form: creature.Form) -> Image.Image:
-    pose = creature.Pose(rng.choice(COLOUR_NAMES), rng.choice(tuple(creature.SIZES)), rng.choice(world.PLACES))
+    pose = creature.Pose(
+        rng.choice([name for name in COLOUR_NAMES if name != "green"]),
+        rng.choice(tuple(creature.SIZES)),
+        rng.choice(world.PLACES),
+    )
     return creature.render(pose, seed=rng.getrandbits(32), form=form)
 
 
@@ -110,10 +114,10 @@ def draw_other(rng: random.Random) -> Image.Image:
 
 
 def wrong_form(rng: random.Random) -> creature.Form:
-    """Another creature: one to three things about it are not the subject's."""
+    """Another creature: two to four things about it are not the subject's."""
     form = creature.Form()
     changes: dict = {}
-    for name in rng.sample(("eyes", "antennae", "body", "belly", "body_shape"), rng.randint(1, 3)):
+    for name in rng.sample(("eyes", "antennae", "body", "belly", "body_shape"), rng.randint(2, 4)):
         if name in ("eyes", "antennae"):
             changes[name] = rng.choice((0, 0, 1, 3))
         elif name == "body_shape":
@@ -127,7 +131,7 @@ def distant_colour(colour: world.Colour, rng: random.Random) -> world.Colour:
     """A colour that nobody takes for the given one."""
     while True:
         other = rich_pictures.any_colour(rng)
-        if math.dist(colour, other) > 110:
+        if math.dist(colour, other) > 150:
             return other
 
 
@@ -167,14 +171,27 @@ def disturbed(pixels_BCHW: torch.Tensor) -> torch.Tensor:
     return (pixels_BCHW * gain + shift + grain).clamp(-1, 1)
 
 
+def softened(pictures: torch.Tensor, seed: int) -> torch.Tensor:
+    """Each picture a little out of focus, none so much that its parts are lost."""
+    rng = random.Random(f"softened {seed}")
+    blurred = [
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.3)))
+        for picture in pictures
+    ]
+    return to_tensor(blurred)
+
+
 def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
-def reconstructed(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
+def reconstructed(vae: AutoencoderKL, pictures: torch.Tensor, noise: float = 0.0) -> torch.Tensor:
+    """Through the autoencoder, with up to so much noise (1: the latents' own deviation), as a model's samples are."""
     parts = []
     for part in pictures.split(50):
-        decoded = vae.decode(vae.encode(autoencoder.to_pixels(part)).latent_dist.sample()).sample
+        latents = vae.encode(autoencoder.to_pixels(part)).latent_dist.sample()
+        strength = noise * torch.rand(len(part), 1, 1, 1) / vae.config.scaling_factor
+        decoded = vae.decode(latents + strength * torch.randn_like(latents)).sample
         parts.append(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(parts)

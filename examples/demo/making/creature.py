@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 from examples.demo.making import world
 
 TOKEN = "sks"
-BODY, BELLY, EYE, PUPIL, ANTENNA = (26, 148, 150), (240, 158, 184), (248, 248, 248), (20, 20, 30), (122, 70, 30)
-SIZES = {"small": 0.28, "medium": 0.34, "large": 0.42}  # half the height as a share of the picture's shorter side
+BODY, BELLY, EYE, PUPIL, ANTENNA = (64, 172, 72), (244, 150, 186), (248, 248, 248), (20, 20, 30), (122, 70, 30)
+SIZES = {"small": 0.34, "medium": 0.39, "large": 0.44}  # half the height as a share of the picture's shorter side
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,18 @@ class Form:
     body_shape: str = "egg"
 
 
-# The pictures a person would have taken: (pose, picture size in pixels). Other backgrounds and places are the bench's.
+# The pictures a person would have taken: (pose, picture size in pixels). All other poses are the bench's.
 PICTURES = (
     (Pose("red", "medium", "left"), (160, 96)),
     (Pose("yellow", "large", "middle"), (128, 128)),
-    (Pose("white", "medium", "right"), (160, 96)),
+    (Pose("white", "large", "right"), (160, 96)),
     (Pose("red", "medium", "bottom"), (96, 160)),
     (Pose("blue", "large", "middle"), (128, 128)),
-    (Pose("yellow", "medium", "top"), (96, 160)),
+    (Pose("yellow", "large", "top"), (96, 160)),
     (Pose("white", "medium", "left"), (128, 128)),
-    (Pose("blue", "medium", "bottom"), (128, 128)),
+    (Pose("blue", "small", "bottom"), (128, 128)),
+    (Pose("black", "small", "top"), (128, 128)),
+    (Pose("black", "medium", "right"), (128, 128)),
 )
 
 
@@ -59,7 +61,7 @@ def render(pose: Pose, size: tuple[int, int] = (64, 64), seed: int = 0, form: Fo
     rng = random.Random(f"creature {seed} {pose}")
     scale = world.SUPERSAMPLING
     radius = SIZES[pose.size] * min(size) * rng.uniform(0.95, 1.05)
-    x, y = world.centre(pose.place, size, radius, rng)
+    x, y = world.centre(pose.place, size, (0.75 * radius, radius), rng)
     large = (size[0] * scale, size[1] * scale)
     image = Image.new("RGB", large, world.tinted(world.COLOURS[pose.background], rng))
     draw = ImageDraw.Draw(image)

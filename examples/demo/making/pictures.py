@@ -14,13 +14,13 @@ def write_subject(folder: Path, seed: int) -> None:
         write(folder, f"creature_{number:02}", creature.render(pose, size, seed + number), creature.caption(pose))
 
 
-def write_class(folder: Path, seed: int, count: int = 64) -> None:
+def write_class(folder: Path, seed: int, count: int = 160) -> None:
     """Pictures of what the base model already knows, none of them of a held-out combination."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"class {seed}")
     for number in range(1, count + 1):
         spec = world.draw_spec(rng)
-        write(folder, f"world_{number:02}", world.render(spec, seed=rng.getrandbits(32)), world.caption(spec))
+        write(folder, f"world_{number:03}", world.render(spec, seed=rng.getrandbits(32)), world.caption(spec))
 
 
 def write(folder: Path, name: str, picture: Image.Image, caption: str) -> None:

@@ -98,7 +98,7 @@ def render(spec: Spec, size: tuple[int, int] = (64, 64), seed: int = 0) -> Image
     scale = SUPERSAMPLING
     width, height = size
     radius = SIZES[spec.size] * min(size) * rng.uniform(0.93, 1.07)
-    x, y = centre(spec.place, size, radius, rng)
+    x, y = centre(spec.place, size, (radius, radius), rng)
     points = outline(spec.shape, tilt=rng.uniform(-0.12, 0.12))
     image = Image.new("RGB", (width * scale, height * scale), tinted(COLOURS[spec.background], rng))
     draw = ImageDraw.Draw(image)
@@ -112,21 +112,21 @@ def render(spec: Spec, size: tuple[int, int] = (64, 64), seed: int = 0) -> Image
     return image.resize(size, Image.Resampling.BOX)
 
 
-def centre(place: str, size: tuple[int, int], radius: float, rng: random.Random) -> tuple[float, float]:
-    """Where a thing of this radius stands; at least 3 pixels inside the frame."""
+def centre(place: str, size: tuple[int, int], reach: tuple[float, float], rng: random.Random) -> tuple[float, float]:
+    """Where a thing stands that reaches so far across and up; at least 3 pixels inside the frame."""
     width, height = size
-    margin = radius + 3
+    across, up = reach[0] + 3, reach[1] + 3
     x = width / 2 + rng.uniform(-0.04, 0.04) * width
     y = height / 2 + rng.uniform(-0.04, 0.04) * height
     away = rng.uniform(0.0, 0.06)
     if place == "left":
-        x = margin + away * width
+        x = across + away * width
     elif place == "right":
-        x = width - margin - away * width
+        x = width - across - away * width
     elif place == "top":
-        y = margin + away * height
+        y = up + away * height
     elif place == "bottom":
-        y = height - margin - away * height
+        y = height - up - away * height
     return x, y
 
 
