@@ -11,6 +11,7 @@ import torch
 from everydream.optim import factory, lion
 from everydream.optim.clip import grad_holders, part_norms, scale_gradients
 from everydream.optim.groups import split
+from everydream.optim.partial import step_only
 from everydream.optim.table import ROWS
 from tests.optim.problem import Net, assert_same, data, optimizer_of, part, train, weights
 from tests.optim.test_rows import EXPECTED
@@ -202,6 +203,12 @@ def test_others_are_refused(name: str) -> None:
     with pytest.raises(AssertionError, match="cannot be laid flat"):
         optimizer_of(Net(), name, flat=True)
     assert not factory.flat_pays(name, part(Net()), "cpu", 1)
+
+
+def test_it_cannot_be_updated_in_part() -> None:
+    _, optimizer = pair("adamw", flat=True)
+    with pytest.raises(AssertionError, match="in part"):
+        step_only(optimizer)
 
 
 def test_it_pays_on_one_cpu_process_with_small_tensors() -> None:
