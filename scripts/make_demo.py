@@ -12,7 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from examples.demo.making import stages
+from everydream.training.quiet import quiet_bars, quiet_libraries
+
+quiet_libraries()
+
+from examples.demo.making import stages  # noqa: E402
 
 
 def main() -> None:
@@ -25,6 +29,7 @@ def main() -> None:
     parser.add_argument("--model_steps", type=int, default=6000)
     parser.add_argument("--decoder_steps", type=int, default=1000)
     options = parser.parse_args()
+    quiet_bars()
     for stage in options.stage or stages.STAGES:
         print(f"stage {stage}", flush=True)
         stages.STAGES[stage](options)
