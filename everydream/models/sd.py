@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from everydream.models.autoencoder import Autoencoder
 from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts
-from everydream.models.files import CopyOf, FileContent, HeldFile, TensorFile
+from everydream.models.files import CopyOf, FileContent, TensorFile
 from everydream.models.layers import ATTENTION
 from everydream.models.tensors import NoInit, PartReader, check_names
 from everydream.models.tokenizer import Tokenize
@@ -64,9 +64,8 @@ class StableDiffusion:
         self._device, self._clip_skip = torch.device(device), clip_skip
         self._dtypes = {part: weights_dtype if part in train else frozen_dtype for part in TRAINABLE}
         self._dtypes["vae"] = torch.float32
-        self._readers = {part: PartReader(part, facts.weights[part]) for part in facts.weights}
-        # Files of frozen parts are copied into every checkpoint, perhaps after the one they come from was removed.
-        self._files = {part: HeldFile(w.header.path) for part, w in facts.weights.items() if w.can_be_copied}
+        # Frozen parts go into every checkpoint, perhaps after the one that they came from was removed.
+        self._readers = {part: PartReader(weights) for part, weights in facts.weights.items()}
         self.denoiser = Denoiser(self._read("unet"), self._read("text_encoder"))
         self.vae: Autoencoder | None = self._read("vae")
         for part in TRAINABLE:
@@ -178,7 +177,8 @@ class StableDiffusion:
     def _content(self, part: str, snapshot: Mapping[str, Mapping[str, Tensor]]) -> FileContent:
         if part in snapshot:
             return TensorFile(snapshot[part])
-        return CopyOf(self._files[part]) if part in self._files else TensorFile(self._readers[part].read())
+        reader = self._readers[part]
+        return CopyOf(reader.file) if reader.weights.can_be_copied else TensorFile(reader.read())
 
     def _module(self, part: str) -> Any:
         module = getattr(self.denoiser, part)

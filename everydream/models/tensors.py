@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from everydream.errors import ConfigError
+from everydream.models.files import HeldFile
 from everydream.models.sources import PartWeights
 
 DTYPES = {
@@ -83,36 +85,37 @@ class NoInit(TorchFunctionMode):
 
 
 class PartReader:
-    """The tensors of one part. The file stays open, so that it can be read again after its folder is gone."""
+    """The tensors of one part. The file is held open, so that it can be read again after its folder is gone; it is in
+    memory only while it is read.
+    """
 
-    def __init__(self, part: str, weights: PartWeights) -> None:
+    def __init__(self, weights: PartWeights) -> None:
+        self.weights = weights
         self.where = f"base_model: {weights.header.path}"
-        self.part, self.weights = part, weights
-        if weights.header.pickled:
-            self._get = read_pickled(weights.header.path).__getitem__
-        else:
-            self._get = self._open(weights.header.path).get_tensor
+        try:
+            self.file = HeldFile(weights.header.path)
+        except OSError as error:
+            raise ConfigError(f"{self.where} cannot be read ({error.strerror})") from None
 
     def read(self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Published name → tensor with memory of its own, in `dtype` (None: as in the file)."""
-        tensors = {}
-        for move in self.weights.moves:
-            whole = self._whole(move.original)
-            whole = whole.flatten(1) if move.is_convolution else whole
-            pieces = whole.chunk(len(move.published))
-            for name, piece in zip(move.published, pieces, strict=True):
-                tensors[name] = piece.to(device=device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        tensors: dict[str, Tensor] = {}
+        with self._contents() as get:
+            for move in self.weights.moves:
+                whole = get(move.original)
+                pieces = (whole.flatten(1) if move.is_convolution else whole).chunk(len(move.published))
+                for name, piece in zip(move.published, pieces, strict=True):
+                    tensors[name] = piece.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
         check_finite(tensors, self.where)
         return tensors
 
-    def _open(self, path: Path) -> Any:
+    @contextmanager
+    def _contents(self) -> Iterator[Callable[[str], Tensor]]:
+        if self.weights.header.pickled:
+            yield read_pickled(Path(self.file.name)).__getitem__
+            return
         try:
-            return safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None
-
-    def _whole(self, name: str) -> Tensor:
-        try:
-            return self._get(name)
+            with safe_open(self.file.name, framework="pt", device="cpu") as file:
+                yield file.get_tensor
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{self.where} cannot be read ({_first_line(error)}); fetch it again") from None

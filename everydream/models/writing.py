@@ -82,7 +82,7 @@ def folder(
 
 
 def _read(part: str, weights: PartWeights, dtype: torch.dtype | None, replaced: Named) -> dict[str, Tensor]:
-    named = PartReader(part, weights).read(dtype=dtype)
+    named = PartReader(weights).read(dtype=dtype)
     return {
         n: replaced[f"{part}.{n}"].to("cpu", dtype or t.dtype) if f"{part}.{n}" in replaced else t
         for n, t in named.items()

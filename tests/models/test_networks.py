@@ -45,7 +45,7 @@ def draws() -> Iterator[None]:
 
 
 def tensors(facts: Facts, part: str) -> dict[str, torch.Tensor]:
-    return PartReader(part, facts.weights[part]).read()
+    return PartReader(facts.weights[part]).read()
 
 
 def unets(facts: Facts) -> tuple[UNet, Any]:

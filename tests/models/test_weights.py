@@ -87,7 +87,7 @@ def export(facts: Facts, path: Path, dtype: torch.dtype | None = None, **options
 
 
 def tensors(facts: Facts) -> dict[str, torch.Tensor]:
-    return {f"{part}.{n}": t for part, w in facts.weights.items() for n, t in PartReader(part, w).read().items()}
+    return {f"{part}.{n}": t for part, w in facts.weights.items() for n, t in PartReader(w).read().items()}
 
 
 def assert_diffusers_reads_all(path: Path, facts: Facts) -> None:
@@ -97,7 +97,7 @@ def assert_diffusers_reads_all(path: Path, facts: Facts) -> None:
 
         pipeline = StableDiffusionPipeline.from_single_file(str(path), config=str(facts.path), local_files_only=True)
     for part, weights in facts.weights.items():
-        ours = PartReader(part, weights).read()
+        ours = PartReader(weights).read()
         theirs = dict(getattr(pipeline, part).named_parameters())
         assert len(theirs) == len(ours)
         for name, tensor in theirs.items():
