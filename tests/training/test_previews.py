@@ -181,6 +181,23 @@ def test_previews_leave_the_training_as_it_was(tmp_path: Path, family: Family) -
     assert all(p.grad is None and not p.is_inference() for p in family.denoiser.parameters())
 
 
+@pytest.mark.long
+def test_previews_compile_nothing(tmp_path: Path, tiny_model: Path) -> None:
+
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    family = load(read_facts(str(tiny_model)), train=("unet",))
+    family.denoiser.unet.compile(dynamic=False, backend=backend)  # type: ignore[union-attr, operator]
+    assert Run(tmp_path, family)(0)
+    assert not graphs, "other shapes than the training's: minutes of compiling for a few pictures"
+    sample(Parts.of(family), pictures([replace(DEFAULTS, prompt="red", steps=1)]))
+    assert graphs, "outside of previews it is compiled"
+
+
 def test_randomness_is_restored_after_a_failure_too() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
