@@ -268,6 +268,7 @@ class Build:
             self.folder,
             self.console,
             project=settings.project_name,
+            run_name=settings.run_name,
             settings=record,
             trackers=trackers,
             report=write_report,

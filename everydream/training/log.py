@@ -85,6 +85,7 @@ class RunLog(NullLog):
         console: Console,
         *,
         project: str = "everydream",
+        run_name: str | None = None,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
         trackers: Sequence[str] = (),
         report: Callable[[Path], object] | None = None,
@@ -99,7 +100,11 @@ class RunLog(NullLog):
         self._failing: set[str] = set()
         self._closed = False
         self._trackers = [
-            Tracker(name, partial(open_tracker, name, folder, project, resumed_step, settings or {}), self)
+            Tracker(
+                name,
+                partial(open_tracker, name, folder, project, run_name or folder.name, resumed_step, settings or {}),
+                self,
+            )
             for name in trackers
         ]
         self._report = ReportRefresher(report, folder, self)

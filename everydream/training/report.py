@@ -59,6 +59,10 @@ class Told:
         return next((event for event in reversed(self.events) if event.get("kind") == kind), {})
 
     @property
+    def name(self) -> str:
+        return str(self.settings.get("run_name", {}).get("value") or self.folder.name)
+
+    @property
     def step(self) -> int:
         steps = [points[-1][0] for points in self.metrics.values()]
         return int(max([event.get("step") or 0 for event in self.events] + steps, default=0))
@@ -73,7 +77,7 @@ def write_report(folder: Path) -> Path:
 
 def render(told: Told) -> str:
     sections = {
-        "title": html.escape(told.folder.name),
+        "title": html.escape(told.name),
         "header": _header(told),
         "figures": _figures(told),
         "previews": _previews(told),
@@ -105,7 +109,7 @@ def _header(told: Told) -> Escaped:
     share = told.step / total if total else 0.0
     reason = f"<p>{html.escape(str(end.get('reason', '')))}</p>" if is_over and end.get("code") else ""
     return (
-        f'<p class="state {state}">{words}</p><h1>{html.escape(told.folder.name)}</h1>'
+        f'<p class="state {state}">{words}</p><h1>{html.escape(told.name)}</h1>'
         f'<div class="bar" title="{share:.0%}"><i style="width:{share:.1%}"></i></div>'
         f'{reason}<p class="faint">{_times(told)}</p>'
     )

@@ -93,11 +93,16 @@ TRACKERS: dict[str, type[TensorBoard] | type[WandB]] = {"tensorboard": TensorBoa
 
 
 def open_tracker(
-    name: str, folder: Path, project: str, resumed_step: int | None, settings: Mapping[str, Mapping[str, Any]]
+    name: str,
+    folder: Path,
+    project: str,
+    run_name: str,
+    resumed_step: int | None,
+    settings: Mapping[str, Mapping[str, Any]],
 ) -> TensorBoard | WandB:
     """One of TRACKERS, started, with the run's settings in it."""
     PartialState()  # Accelerate's trackers log through it; the accelerator's own if there is one
-    tracker = TRACKERS[name](folder, project, folder.name, resumed_step)
+    tracker = TRACKERS[name](folder, project, run_name, resumed_step)
     tracker.start()
     tracker.store_init_configuration(settings)
     return tracker

@@ -271,13 +271,14 @@ def test_a_tracker_gets_settings_metrics_and_images(
 ) -> None:
     settings = {"seed": {"value": 1, "origin": "default"}}
     console = Console("normal", stream)
-    run_log = RunLog(tmp_path, console, project="p", settings=settings, trackers=["fake"], resumed_step=4)
+    options: dict[str, Any] = {"project": "p", "run_name": "r", "settings": settings, "resumed_step": 4}
+    run_log = RunLog(tmp_path, console, trackers=["fake"], **options)
     assert not fake, "opened before there is anything to tell: its import would delay the first step"
     run_log.metrics(5, {"loss": 1.0})
     run_log.images(5, "preview", [tmp_path / "a.png", tmp_path / "b.png"])
     run_log.close(0, "done")
     assert fake[0].calls == [
-        (tmp_path, "p", tmp_path.name, 4),
+        (tmp_path, "p", "r", 4),
         "start",
         settings,
         (5, {"loss": 1.0}),

@@ -114,6 +114,12 @@ def test_what_people_write_is_text_and_no_markup(tmp_path: Path) -> None:
     assert [tag for tag, _ in page.tags].count("img") == 3
 
 
+def test_a_run_with_a_name_has_it_in_its_report(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.json").write_text('{"settings": {"run_name": {"value": "With hats", "origin": "train.json"}}}')
+    assert "With hats" in Page(write_report(folder).read_text()).text
+
+
 def test_the_newest_preview_is_shown_first(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path / "run")).read_text())
     images = [attributes for tag, attributes in page.tags if tag == "img"]
