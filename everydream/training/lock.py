@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from types import TracebackType
 
 from everydream.errors import ConfigError, SaveError
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: dict[Path, Lock] = {}  # the system's locks are a process's: a second one in the same process would be granted
 
 
@@ -25,6 +27,7 @@ class Lock:
         self.path = path
         self._handle: int | None = None
         self._path = path  # without links, while it is held
+        self.warning = ""  # that it could not be had, where the file system has no locks
 
     def take(self) -> None:
         """Raises ConfigError if another holds it, SaveError if the folder cannot be written to."""
@@ -38,6 +41,10 @@ class Lock:
         try:
             _lock(handle)
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                self.warning = f"{path.parent} lies on a file system without locks: start no second run in this folder"
+                os.close(handle)
+                return
             holder = os.read(handle, 1000).decode(errors="replace")
             os.close(handle)
             raise ConfigError(

@@ -6,6 +6,7 @@ does is seen by them. What is to be written is a `Content`: `Bytes`, `Copy`, or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
@@ -17,6 +18,7 @@ from typing import Protocol
 
 CHUNK = 16 << 20  # bytes hashed and written in one go: larger leaves the processor's cache, smaller costs calls
 FICLONE = 0x40049409  # linux/fs.h
+NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # network file systems that sync files only
 
 
 class Files:
@@ -48,9 +50,10 @@ class Files:
         if sys.platform == "darwin":  # there fsync leaves the data in the drive's own cache
             import fcntl
 
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(handle)
+            with suppress(OSError):  # a network drive has none
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+                return
+        os.fsync(handle)
 
     def close(self, handle: int) -> None:
         os.close(handle)
@@ -62,6 +65,9 @@ class Files:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_SYNC:
+                raise
         finally:
             os.close(handle)
 

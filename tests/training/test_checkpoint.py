@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -204,6 +205,18 @@ def test_a_disk_that_fails_at_any_operation_costs_that_save_only(tmp_path: Path,
         else:
             assert left == [older.name], f"operation {n} left something"
         assert checkpoint.verify(older) == []
+
+
+def test_a_file_system_that_cannot_sync_folders_can_still_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    assert checkpoint.verify(commit(tmp_path, 1)) == []
 
 
 def test_a_full_disk_is_named_with_what_is_free(tmp_path: Path) -> None:

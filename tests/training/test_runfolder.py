@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -115,6 +116,15 @@ def test_a_second_run_in_the_same_process_is_refused(tmp_path: Path) -> None:
         Lock(tmp_path / ".lock").take()
     with Lock(tmp_path / ".lock"):
         pass
+
+
+def test_a_file_system_without_locks_is_said_and_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("everydream.training.lock._lock", refuse)
+    with Lock(tmp_path / ".lock") as lock:
+        assert "without locks" in lock.warning
 
 
 def test_a_forked_worker_does_not_hold_the_lock_on(tmp_path: Path) -> None:
