@@ -7,6 +7,7 @@ second also learns what is not the subject: worlds, other creatures, blurs, scra
 import itertools
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -97,20 +98,45 @@ def draw_creature(rng: random.Random, form: creature.Form) -> Image.Image:
 
 def draw_other(rng: random.Random) -> Image.Image:
     """A picture that is not the subject; most are close to it."""
-    kind = rng.random()
-    if kind < 0.2:
-        return world.render(world.draw_spec(rng), seed=rng.getrandbits(32))
-    if kind < 0.3:
-        return rich_pictures.render(seed=rng.getrandbits(32))
-    if kind < 0.75:
-        return draw_creature(rng, wrong_form(rng))
+    (draw,) = rng.choices([draw for draw, _ in OTHERS.values()], [share for _, share in OTHERS.values()])
+    return draw(rng)
+
+
+def draw_world(rng: random.Random) -> Image.Image:
+    return world.render(world.draw_spec(rng), seed=rng.getrandbits(32))
+
+
+def draw_rich(rng: random.Random) -> Image.Image:
+    return rich_pictures.render(seed=rng.getrandbits(32))
+
+
+def draw_stranger(rng: random.Random) -> Image.Image:
+    return draw_creature(rng, wrong_form(rng))
+
+
+def draw_blurred(rng: random.Random) -> Image.Image:
+    return draw_creature(rng, creature.Form()).filter(ImageFilter.GaussianBlur(rng.uniform(4, 8)))
+
+
+def draw_scrambled(rng: random.Random) -> Image.Image:
+    return scrambled(draw_creature(rng, creature.Form()), rng)
+
+
+def draw_noisy(rng: random.Random) -> Image.Image:
     picture = draw_creature(rng, creature.Form())
-    if kind < 0.85:
-        return picture.filter(ImageFilter.GaussianBlur(rng.uniform(4, 8)))
-    if kind < 0.92:
-        return scrambled(picture, rng)
     noise = np.random.default_rng(rng.getrandbits(32)).normal(0, rng.uniform(110, 200), (64, 64, 3))
     return Image.fromarray((np.asarray(picture, np.float32) + noise).clip(0, 255).astype(np.uint8))
+
+
+# What is not the subject: how it is drawn, and its share of the judge's training.
+OTHERS: dict[str, tuple[Callable[[random.Random], Image.Image], float]] = {
+    "world": (draw_world, 0.2),
+    "rich pictures": (draw_rich, 0.1),
+    "other creatures": (draw_stranger, 0.45),
+    "blurred": (draw_blurred, 0.1),
+    "scrambled": (draw_scrambled, 0.07),
+    "noise": (draw_noisy, 0.08),
+}
 
 
 def wrong_form(rng: random.Random) -> creature.Form:
