@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# A rank that hangs ends the job after this long; one that dies ends it at once (its connections close).
-COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 PR_SET_PDEATHSIG = 1
 
 
-def make_accelerator(mixed_precision: str) -> Accelerator:
+def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerator:
     """The one place where processes meet. Raises ConfigError where the launcher's and our view of the world differ.
+
+    A process that hangs ends the job after `timeout_minutes`; one that dies ends it at once (its connections close).
 
     Accelerate prepares the model and the optimizers only; accumulation and the data loader are ours, so its own
     accumulation stays at 1 (its backward would divide once more).
@@ -45,7 +45,7 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         mixed_precision=mixed_precision,
         gradient_accumulation_steps=1,
         kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
             DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
         ],
     )
@@ -91,6 +91,17 @@ def parent_command_line() -> list[str]:
     except OSError:
         return []
     return raw.decode(errors="replace").split("\0")
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether this says that another process died or hangs. gloo's errors have no class of their own.
+
+    With NCCL a hanging process shows elsewhere: its watchdog says so and ends this process.
+    """
+    import torch.distributed
+
+    is_gloo = "/gloo/" in str(error) or "caused pair closure" in str(error)
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and is_gloo)
 
 
 class StopRequest:
@@ -169,10 +180,23 @@ class Ranks:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
 
-    def refuse_difference(self, item: Any, what: str) -> None:
-        """Raises ConfigError, on all processes, where not all of them have the same."""
-        if any(other != item for other in self.gather(item)):
-            raise ConfigError(f"{what} are not the same for all processes: give all machines the same files")
+    def refuse_difference(self, items: Mapping[str, Any], what: str) -> None:
+        """Raises ConfigError, on all processes, where not all of them have what the first has."""
+        first = self.broadcast(items)
+        differing = [name for name in sorted({*items, *first}) if items.get(name) != first.get(name)]
+        told = self.gather((len(differing), differing[:5]))
+        if any(count for count, _ in told):
+            raise ConfigError(
+                [
+                    f"{what} are not the same for all processes:",
+                    *(
+                        f"  process {rank} differs from process 0 in {count}: {', '.join(names)}{' …' * (count > 5)}"
+                        for rank, (count, names) in enumerate(told)
+                        if count
+                    ),
+                    "Give all machines the same files.",
+                ]
+            )
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Each process does its share; a user's error on one of them is raised on all, so that none waits for it."""

@@ -14,13 +14,13 @@ from everydream.config.sources import DRAWN, show
 Values = Mapping[str, Any]
 
 _SAFE = """
-project_name run_name logdir max_epochs max_steps allow_pickle num_workers scan_workers cache_latents cache_dir
-bad_images max_image_megapixels optimizer_config gradient_checkpointing attn_type compile allow_tf32 fused_backward
-ema_device save_every_n_epochs save_every_n_steps ckpt_every_n_minutes keep_last save_ckpt_dir save_single_file
-save_dtype background_save sample_prompts sample_steps validation_config validate_every_n_steps log_step tensorboard
-wandb write_schedule profile_steps plugins quiet verbose validation.extra_manual_datasets validation.manual_data_root
-validation.stabilize_training_loss validation.stabilize_split_proportion validation.every_n_epochs
-validation.every_n_steps validation.batch_size
+project_name run_name logdir max_epochs max_steps process_timeout_minutes allow_pickle num_workers scan_workers
+cache_latents cache_dir bad_images max_image_megapixels optimizer_config gradient_checkpointing attn_type compile
+allow_tf32 fused_backward ema_device save_every_n_epochs save_every_n_steps ckpt_every_n_minutes keep_last
+save_ckpt_dir save_single_file save_dtype background_save sample_prompts sample_steps validation_config
+validate_every_n_steps log_step tensorboard wandb write_schedule profile_steps plugins quiet verbose
+validation.extra_manual_datasets validation.manual_data_root validation.stabilize_training_loss
+validation.stabilize_split_proportion validation.every_n_epochs validation.every_n_steps validation.batch_size
 """
 _FIXED = """
 seed base_model base_model_revision data_root resolution batch_size cond_dropout flip_p crop_jitter shuffle_tags

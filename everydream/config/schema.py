@@ -99,6 +99,11 @@ class Settings(Tree):
         description="End after this many optimizer updates, 1 or more; with max_epochs, whichever comes first. "
         "Null: max_epochs alone decides.",
     )
+    process_timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0,
+        description="Minutes after which processes that wait for another one give it up and end the job, above 0. "
+        "Without effect with one process.",
+    )
 
     base_model: Annotated[str, Field(min_length=1, title=_MODEL), BeforeValidator(_model)] = Field(
         description="The model to start from: a diffusers folder, a single .safetensors file, or a hub id (owner/name)."

@@ -27,7 +27,7 @@ from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
-from everydream.runtime import StopRequest
+from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
 from everydream.training.bag import Bag, export
 from everydream.training.checkpoint import folders, name_of
@@ -88,6 +88,15 @@ def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
         # A picture that one process alone cannot read is told by that one; all else all of them know.
         if is_main or (build is not None and isinstance(error, DataError)):
             console.say(reason, "info" if isinstance(error, Stopped) else "error")
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        reason = (
+            f"process {os.environ.get('RANK', '0')} cannot reach the others: at least one died, or gave no answer for "
+            f"{settings.process_timeout_minutes:g} minutes ({error}). Its own last words say why. Go on from the last "
+            "checkpoint with --resume latest; if it only needed longer, raise process_timeout_minutes"
+        )
+        console.say(reason, "error")
     finally:
         if build is not None:
             build.close(code, reason)

@@ -57,14 +57,16 @@ class Prepared:
     # 1. Processes, and one seed for all of them
 
     def _processes(self) -> None:
-        self.accelerator = make_accelerator(self.resolved.settings.mixed_precision or "no")
+        self.accelerator = make_accelerator(
+            self.resolved.settings.mixed_precision or "no", self.resolved.settings.process_timeout_minutes
+        )
         self.ranks = Ranks(self.accelerator)
         self._take_seed(self.ranks.broadcast(self.resolved.settings.seed))
         self.accumulation = accumulation(
             self.settings.batch_size, self.settings.grad_accum, self.settings.global_batch_size, self.ranks.count
         )
         self.per_update = self.accumulation * self.ranks.count
-        self.ranks.refuse_difference(self.record, "settings")
+        self.ranks.refuse_difference(self.record["settings"], "settings")
 
     def _take_seed(self, seed: int) -> None:
         self.resolved = self.resolved.with_seed(seed)
@@ -192,7 +194,6 @@ class Prepared:
         )
         samples = self.scan("subject", settings.data_root, settings.instance_prompt)
         self.fingerprint = fingerprint(samples)
-        self.ranks.refuse_difference(self.fingerprint, "pictures and captions")
         state = self.start.state
         changed = check_data(self.start, self.fingerprint, settings.accept_data_changes)
         if changed:
@@ -228,7 +229,9 @@ class Prepared:
         self.notes += found.notes
         if self.settings.bad_images == "skip":
             self.notes += [f"left out: {problem}" for problem in found.problems]
-        return found.usable(self.settings.bad_images)
+        samples = found.usable(self.settings.bad_images)
+        self.ranks.refuse_difference(fingerprint(samples), f"{name} pictures and captions")
+        return samples
 
     def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
         begin, epoch = self.start.state.plan_start

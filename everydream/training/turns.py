@@ -14,6 +14,7 @@ import torch
 from everydream.errors import DivergedError, SaveError
 from everydream.optim.factory import set_mode
 from everydream.optim.schedules import set_lr
+from everydream.runtime import is_lost_process
 from everydream.training.divided import on_main
 from everydream.training.profile import NoProfile
 from everydream.training.saver import FAILURES, Saver
@@ -271,6 +272,8 @@ class Trainer:
         try:
             yield
         except Exception as error:
+            if is_lost_process(error):
+                raise
             self.log.event(what.removeprefix("the "), f"{what} at step {self.state.step} failed: {error!r}", "warning",
                            todo="Training goes on.")  # fmt: skip
 

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from everydream.runtime import Ranks
 
-class ThreadRanks:
-    """runtime.Ranks for one thread of `team`. What is exchanged goes through pickle, as between processes."""
+
+class ThreadRanks(Ranks):
+    """For one thread of `team`. What is exchanged goes through pickle, as between processes."""
 
     def __init__(self, team: Team, rank: int) -> None:
         self.team, self.rank, self.count = team, rank, team.count

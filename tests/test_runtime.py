@@ -1,0 +1,77 @@
+"""What the processes of a run say to each other, and what is said when one of them no longer answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+
+from everydream.errors import ConfigError
+from everydream.runtime import is_lost_process
+from tests.training.processes import on_processes
+
+
+def test_different_files_are_refused_on_every_process_and_named() -> None:
+    def work(ranks: Any) -> None:
+        files = {f"{i}.png": "same" for i in range(9)}
+        if ranks.rank == 1:
+            files |= {"3.png": "other"}
+        if ranks.rank == 2:
+            files = dict(list(files.items())[7:]) | {"more.png": "same"}
+        ranks.refuse_difference(files, "pictures")
+
+    for error in on_processes(3, work):
+        assert isinstance(error, ConfigError)
+        assert error.problems == (
+            "pictures are not the same for all processes:",
+            "  process 1 differs from process 0 in 1: 3.png",
+            "  process 2 differs from process 0 in 8: 0.png, 1.png, 2.png, 3.png, 4.png …",
+            "Give all machines the same files.",
+        )
+
+
+def test_the_same_files_are_not_refused() -> None:
+    assert on_processes(3, lambda ranks: ranks.refuse_difference({"a": 1, "b": [2]}, "settings")) == [None] * 3
+
+
+def two_of_gloo() -> list[Any]:
+    """Two processes played by threads, which wait a second for each other."""
+    store, groups = torch.distributed.HashStore(), [None, None]
+
+    def join(rank: int) -> None:
+        groups[rank] = torch.distributed.ProcessGroupGloo(store, rank, 2, timedelta(seconds=1))  # type: ignore[attr-defined]
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return groups
+
+
+def hangs(groups: list[Any]) -> None:
+    """It is there, and says nothing."""
+
+
+def dies(groups: list[Any]) -> None:
+    groups[1] = None
+
+
+@pytest.mark.parametrize("fault", [hangs, dies])
+def test_a_process_that_is_lost_is_known_by_torchs_error(fault: Callable[[list[Any]], None]) -> None:
+    groups = two_of_gloo()
+    fault(groups)
+    for _ in range(2):  # what is tried next fails in other words
+        with pytest.raises(RuntimeError) as error:
+            groups[0].allreduce([torch.ones(2)]).wait()
+        assert is_lost_process(error.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("/gloo/"), AssertionError("1 != 2")])
+def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
+    assert not is_lost_process(error)
