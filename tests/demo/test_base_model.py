@@ -79,7 +79,7 @@ def test_any_text_has_tokens_of_its_own(tokenizer, text: str):
 
 
 def test_every_picture_has_a_caption():
-    for name, count in (("subject", len(creature.PICTURES)), ("class", 480)):
+    for name, count in (("subject", len(creature.PICTURES)), ("class", 960)):
         pictures = sorted((DEMO / name).glob("*.png"))
         assert len(pictures) == count
         assert all(picture.with_suffix(".txt").read_text().strip() for picture in pictures)

@@ -14,7 +14,7 @@ def write_subject(folder: Path, seed: int) -> None:
         write(folder, f"creature_{number:02}", creature.render(pose, size, seed + number), creature.caption(pose))
 
 
-def write_class(folder: Path, seed: int, count: int = 480) -> None:
+def write_class(folder: Path, seed: int, count: int = 960) -> None:
     """Pictures of what the base model already knows, none of them of a held-out combination."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"class {seed}")
