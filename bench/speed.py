@@ -3,6 +3,7 @@
 The bare loop has cached latents and text, forward, backward, clip, optimizer: nothing else. The trainer is launched as
 users launch it, checkpoints and previews off, log_step 10. Both train the same UNet with fused AdamW and clipping at 1,
 one thread a process, in turns; medians over the rounds. --processes 1 2: two processes of one thread each beside one.
+In the same turns, "loader" is the trainer's own iterator of batches, from warm caches, with nothing else going on.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 LOG_STEP = 10
 PICTURES = 16
+LOADED = 500  # batches, in each round
 
 
 def main() -> None:
@@ -35,7 +37,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="timed in each round, after 10 that are not")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--bare", nargs=4, metavar=("MODEL", "RESOLUTION", "BATCH", "STEPS"), help=argparse.SUPPRESS)
+    parser.add_argument("--loader", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.loader:
+        print(json.dumps(loader(options.loader)))
+        return
     if options.bare:
         model, resolution, batch, steps = options.bare
         print(json.dumps(bare_loop(Path(model), int(resolution), int(batch), int(steps))))
@@ -60,7 +66,7 @@ def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) ->
     pictures = folder / f"pictures-{resolution}"
     if not pictures.is_dir():
         make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
-    found: dict[str, list[dict[str, float]]] = {"bare": [], **{f"{n}": [] for n in options.processes}}
+    found: dict[str, list[dict[str, float]]] = {"bare": [], "loader": [], **{f"{n}": [] for n in options.processes}}
     for number in range(options.rounds):
         found["bare"].append(child(["--bare", str(model), str(resolution), str(batch), str(options.steps)]))
         for processes in options.processes:
@@ -68,7 +74,9 @@ def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) ->
             found[str(processes)].append(trainer(model, pictures, logs, batch, options.steps, processes))
             say = found[str(processes)][-1]["steps_per_s"] / found["bare"][-1]["steps_per_s"]
             print(f"{size}, batch {batch}, {processes} processes, round {number + 1}: {say:.3f}", file=sys.stderr)
-    bare = medians(found["bare"])
+        logs = folder / f"logs-{size}-{batch}-loader-{number}"
+        found["loader"].append(child(["--loader", *words(model, pictures, logs, batch, LOADED)]))
+    bare, loaded = medians(found["bare"]), medians(found["loader"])
     rows = []
     for processes in options.processes:
         ours = medians(found[str(processes)])
@@ -85,6 +93,9 @@ def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) ->
                 "ratio": statistics.median(ratios),
                 "ratios": ratios,
                 "data_wait_share": ours["data_wait_share"],
+                "loader_batches_per_s": loaded["batches_per_s"],
+                "loader_pictures_per_s": loaded["batches_per_s"] * batch,
+                "loader_over_trainer": loaded["batches_per_s"] / (ours["steps_per_s"] * processes),
                 "bare_peak_bytes": bare["peak_bytes"],
                 "trainer_peak_bytes": ours["peak_bytes"],
             }
@@ -151,14 +162,34 @@ def peak_bytes() -> float:
     return 1024.0 * max(resource.getrusage(one).ru_maxrss for one in who)
 
 
-def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, processes: int) -> dict[str, float]:
+def loader(argv: list[str]) -> dict[str, float]:
+    """How fast the trainer's batches come when nobody trains on them; its caches are there already."""
+    from everydream.config.compare import changes
+    from everydream.config.resolve import resolve
+    from everydream.runtime import StopRequest
+    from everydream.training.build import Build
+    from everydream.training.console import Console
+    from everydream.training.prepare import Prepared
+
+    build = Build(Prepared(resolve(argv, os.environ), changes, StopRequest(), Console("quiet")))
+    batches = build.trainer().update.batches
+    for _ in range(PICTURES):  # each picture's checksum is proved once
+        next(batches)
+    began = time.perf_counter()
+    count = sum(1 for _ in batches)
+    seconds = time.perf_counter() - began
+    build.close(0, "measured")
+    return {"batches_per_s": count / seconds}
+
+
+def words(model: Path, pictures: Path, logs: Path, batch: int, steps: int) -> list[str]:
     settings = {
         "base_model": model,
         "data_root": pictures,
         "logdir": logs,
         "cache_dir": logs.parent / "cache",
         "batch_size": batch,
-        "max_steps": steps + 2 * LOG_STEP,
+        "max_steps": steps,
         "log_step": LOG_STEP,
         "clip_grad_norm": 1.0,
         "disable_textenc_training": "true",
@@ -170,11 +201,15 @@ def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, pro
     }
     optimizer = logs.parent / "adamw.json"
     optimizer.write_text('{"optimizer": "adamw", "lr": 1e-6}')
-    words = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    settings["optimizer_config"] = optimizer
+    return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, processes: int) -> dict[str, float]:
     launcher = ["--num_processes", "1"] if processes == 1 else ["--multi_gpu", "--num_processes", str(processes)]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", *launcher]
     started = subprocess.Popen(
-        [*command, str(ROOT / "scripts" / "train.py"), *words, "--optimizer_config", str(optimizer)],
+        [*command, str(ROOT / "scripts" / "train.py"), *words(model, pictures, logs, batch, steps + 2 * LOG_STEP)],
         env=environment(),
         stderr=subprocess.PIPE,
     )
@@ -205,13 +240,15 @@ def machine() -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(
-        "| model | batch | processes | bare steps/s | trainer steps/s | ratio | data wait | peak bare | peak trainer |"
+        "| model | batch | processes | bare steps/s | trainer steps/s | ratio | data wait | loader batches/s "
+        "| loader over trainer | peak bare | peak trainer |"
     )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("|" + " --- |" * 11)
     for row in rows:
         print(
             f"| {row['size']} | {row['batch']} | {row['processes']} | {row['bare_steps_per_s']:.3g} "
             f"| {row['trainer_steps_per_s']:.3g} | {row['ratio']:.3f} | {row['data_wait_share']:.2%} "
+            f"| {row['loader_batches_per_s']:,.0f} | {row['loader_over_trainer']:.0f} "
             f"| {row['bare_peak_bytes'] / 1e6:,.0f} MB | {row['trainer_peak_bytes'] / 1e6:,.0f} MB |"
         )
 
