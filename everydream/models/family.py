@@ -102,12 +102,14 @@ class Family(Protocol):
     facts: Facts
     tokenize: Tokenize
     denoiser: nn.Module
-    vae: nn.Module | None
+    vae: nn.Module | None  # None until it is asked for
     scheduler_config: dict[str, Any]  # what files() writes; set_sampling adds what the training changed
 
     def encode_text(self, tokens_BKL: Tensor) -> Tensor: ...
     def encode_pixels(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]: ...
     def latents(self, mean_BCHW: Tensor, std_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor: ...
+    def hold(self, part: str) -> Any: ...
+    def digest(self, part: str) -> str: ...
     def drop_vae(self) -> None: ...
     def drop_text_encoder(self) -> None: ...
     def enable(
@@ -171,6 +173,8 @@ def load(
     clip_skip: int = 0,
 ) -> Family:
     """The model with its weights: parts in `train` with gradients and in weights_dtype, the others frozen.
+
+    Of the frozen ones the text encoder and the VAE are read once something asks for them (hold, encode_…, part).
 
     weights_dtype and frozen_dtype default to float32; frozen parts may be in what the training computes in. The VAE
     stays in float32: its latents are made once, and in bfloat16 they are not what the model was trained on.

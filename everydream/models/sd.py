@@ -6,6 +6,7 @@ Shapes: B pictures, C channels, H × W; text is tokens_BKL (K chunks of L tokens
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from everydream.models.unet import UNet
 from everydream.models.writing import folder_files
 
 TRAINABLE = ("unet", "text_encoder")
+NOT_ACTING = ("dtype", "torch_dtype", "transformers_version")  # keys of a config.json that say who wrote it and how
 
 
 class Denoiser(nn.Module):
@@ -36,7 +38,7 @@ class Denoiser(nn.Module):
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, text: Tensor, perturbation_BLD: Tensor | None = None) -> Tensor:
         """text: int64 tokens_BKL, or embeddings text_BLD made before. Returns the prediction in float32."""
         if not text.is_floating_point():
-            assert self.text_encoder is not None, "the text encoder was dropped: give embeddings, not tokens"
+            assert self.text_encoder is not None, "the text encoder is not held: give embeddings, not tokens"
             text = self.text_encoder(text)
         if perturbation_BLD is not None:
             text = text + perturbation_BLD.to(text.dtype)
@@ -66,29 +68,28 @@ class StableDiffusion:
         self._dtypes["vae"] = torch.float32
         # Frozen parts go into every checkpoint, perhaps after the one that they came from was removed.
         self._readers = {part: PartReader(weights) for part, weights in facts.weights.items()}
-        self.denoiser = Denoiser(self._read("unet"), self._read("text_encoder"))
-        self.vae: Autoencoder | None = self._read("vae")
-        for part in TRAINABLE:
-            self._module(part).requires_grad_(part in train)
-        for name, parameter in self.parameters_of("text_encoder").items():
-            if name in self.unused_parameters("text_encoder"):
-                parameter.requires_grad_(False)
+        # A frozen text encoder or VAE is read once something asks for it: with all that it makes in a cache, never.
+        self.denoiser = Denoiser(self._read("unet"), None)
+        self.vae: Autoencoder | None = None
+        for part in train:
+            self.hold(part).requires_grad_(True)
+        for name in self.unused_parameters("text_encoder"):
+            self.hold("text_encoder").get_parameter(name).requires_grad_(False)
 
     # --- text and pictures -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode_text(self, tokens_BKL: Tensor) -> Tensor:
         """text_B(K·L)D in float32, for a frozen text encoder."""
-        assert self.denoiser.text_encoder is not None, "the text encoder was dropped"
-        return self.denoiser.text_encoder(tokens_BKL.to(self._device)).float()
+        return self.hold("text_encoder")(tokens_BKL.to(self._device)).float()
 
     @torch.no_grad()
     def encode_pixels(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 → mean and standard deviation of the raw latents, float32, before scaling."""
-        assert self.vae is not None, "the autoencoder was dropped"
+        vae = self.hold("vae")
         pixels = pixels_BCHW.to(self._device, torch.float32).div(127.5).sub(1.0)
         with torch.autocast(self._device.type, enabled=False):
-            return self.vae.encode(pixels)
+            return vae.encode(pixels)
 
     def latents(self, mean_BCHW: Tensor, std_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
         """A draw from the raw latents, scaled to about unit variance: what the UNet sees."""
@@ -98,7 +99,7 @@ class StableDiffusion:
 
     def parameters_of(self, part: str) -> dict[str, nn.Parameter]:
         """By the names of the published files."""
-        return dict(self._module(part).named_parameters())
+        return dict(self.hold(part).named_parameters())
 
     def unused_parameters(self, part: str) -> frozenset[str]:
         """Layers that clip_skip leaves out: no gradient reaches them, and several processes would wait for one."""
@@ -108,6 +109,19 @@ class StableDiffusion:
         skipped = range(encoder.used_layers, len(encoder.text_model.encoder.layers))
         prefixes = tuple(f"text_model.encoder.layers.{i}." for i in skipped)
         return frozenset(name for name in self.parameters_of(part) if name.startswith(prefixes))
+
+    def hold(self, part: str) -> Any:
+        """The unet, text_encoder or vae: one that is not in memory is read, and stays until it is dropped."""
+        owner: Any = self if part == "vae" else self.denoiser
+        if getattr(owner, part) is None:
+            setattr(owner, part, self._read(part))
+        return getattr(owner, part)
+
+    def digest(self, part: str) -> str:
+        """Of the part's weights and configuration, from their files: no network is made for it."""
+        config = self.facts.configs[part]
+        acting = sorted((key, config[key]) for key in config if not key.startswith("_") and key not in NOT_ACTING)
+        return hashlib.blake2b(repr((self._readers[part].digest(), acting)).encode(), digest_size=16).hexdigest()
 
     def drop_vae(self) -> None:
         self.vae = None
@@ -170,7 +184,7 @@ class StableDiffusion:
         return stable_diffusion_pipeline(self.facts, modules, scheduler or self.scheduler_config)
 
     def part(self, name: str) -> Any:
-        """The unet, text_encoder or vae. One that was dropped is read again from its file: it was frozen."""
+        """The unet, text_encoder or vae. One that is not held is read from its file, and not kept: it is frozen."""
         module = self.vae if name == "vae" else getattr(self.denoiser, name)
         return self._read(name) if module is None else module
 
@@ -179,11 +193,6 @@ class StableDiffusion:
             return TensorFile(snapshot[part])
         reader = self._readers[part]
         return CopyOf(reader.file) if reader.weights.can_be_copied else TensorFile(reader.read())
-
-    def _module(self, part: str) -> Any:
-        module = getattr(self.denoiser, part)
-        assert module is not None, f"{part} was dropped"
-        return module
 
     def _read(self, part: str) -> Any:
         where = f"base_model: {self.facts.weights[part].header.path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -99,15 +100,28 @@ class PartReader:
 
     def read(self, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """Published name → tensor with memory of its own, in `dtype` (None: as in the file)."""
-        tensors: dict[str, Tensor] = {}
+        layout = torch.contiguous_format
+        tensors = {n: piece.to(device, dtype, copy=True, memory_format=layout) for n, piece in self._pieces()}
+        check_finite(tensors, self.where)
+        return tensors
+
+    def digest(self) -> str:
+        """Of names, shapes and numbers, in whatever kind of file and precision they are kept; one tensor at a time."""
+        sums = []
+        for name, piece in self._pieces():
+            numbers = piece.float().contiguous().reshape(-1).view(torch.uint8).numpy()
+            of_this = hashlib.blake2b(f"{name} {tuple(piece.shape)}".encode(), digest_size=16)
+            of_this.update(numbers)
+            sums.append(of_this.digest())
+        return hashlib.blake2b(b"".join(sorted(sums)), digest_size=16).hexdigest()
+
+    def _pieces(self) -> Iterator[tuple[str, Tensor]]:
+        """Published name, tensor; on the CPU, perhaps in the mapped file."""
         with self._contents() as get:
             for move in self.weights.moves:
                 whole = get(move.original)
                 pieces = (whole.flatten(1) if move.is_convolution else whole).chunk(len(move.published))
-                for name, piece in zip(move.published, pieces, strict=True):
-                    tensors[name] = piece.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
-        check_finite(tensors, self.where)
-        return tensors
+                yield from zip(move.published, pieces, strict=True)
 
     @contextmanager
     def _contents(self) -> Iterator[Callable[[str], Tensor]]:

@@ -66,8 +66,7 @@ def cache_latents(
     progress: Progress,
 ) -> LatentCache:
     """Every latent that the sources can ask for; what is missing is encoded, each process its share."""
-    assert family.vae is not None
-    cache = LatentCache(folder, digest_of(family.vae), alpha_color)
+    cache = LatentCache(folder, family.digest("vae"), alpha_color)
     requests = list(itertools.chain.from_iterable(source.latent_requests() for source in sources.values()))
 
     def build(rank: int, world: int) -> None:
@@ -99,9 +98,8 @@ def cache_texts(
     progress: Progress,
 ) -> TextCache:
     """The embeddings of all captions, with a frozen text encoder."""
-    encoder = family.denoiser.get_submodule("text_encoder")
     words = {name: hashlib.sha256(content).hexdigest() for name, content in family.facts.tokenizer.files().items()}
-    cache = TextCache(folder, repr((digest_of(encoder), sorted(words.items()), clip_skip, chunks)))
+    cache = TextCache(folder, repr((family.digest("text_encoder"), sorted(words.items()), clip_skip, chunks)))
 
     def encode(texts: list[str]) -> torch.Tensor:
         return family.encode_text(torch.from_numpy(family.tokenize(texts, chunks)))
@@ -119,13 +117,3 @@ def in_shares(ranks: Ranks, build: Callable[[int, int], None]) -> None:
     ranks.together(lambda: build(ranks.rank, ranks.count))
     if ranks.count > 1:
         ranks.together(lambda: build(0, 1))
-
-
-@torch.no_grad()
-def digest_of(module: torch.nn.Module) -> str:
-    """Of all weights and their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

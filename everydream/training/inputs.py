@@ -51,7 +51,6 @@ def make_class_pictures(prepared: Prepared, family: Family) -> None:
         ]
         return sample(parts, pictures, autocast=prepared.accelerator.autocast)
 
-    parts = Parts.of(family)
     with prepared.console.task("making class pictures", wanted) as advance:
         made = generate_missing(
             folder,
@@ -161,6 +160,7 @@ def latent_cache(
 ) -> LatentCache | None:
     settings = prepared.settings
     if settings.cache_latents is False or settings.crop_jitter:
+        family.hold("vae")
         return None
     with prepared.task("caching latents") as progress:
         cache = cache_latents(
@@ -184,6 +184,7 @@ def text_cache(prepared: Prepared, family: Family, sources: Mapping[str, Source]
     for source in sources.values():
         some = source.captions()
         if some is None:
+            family.hold("text_encoder")
             return None
         captions.update(some)
     with prepared.task("caching captions") as progress:

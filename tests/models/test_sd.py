@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from everydream.errors import ConfigError
 from everydream.models.family import Family, load, read_facts
 from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.writing import single_file
 from tests.tiny import make_tiny_model
 
 
@@ -164,6 +165,29 @@ def test_frozen_parts_are_copied_byte_for_byte_even_after_their_folder_is_gone(
         assert (written / name).read_bytes() == (tiny_model / name).read_bytes()
     family.drop_vae()
     assert sum(1 for _ in family.part("vae").parameters()) == 152
+
+
+def test_a_digest_is_of_the_numbers_not_of_the_file_they_are_in(tmp_path: Path) -> None:
+    def digests(base: Path) -> dict[str, str]:
+        family = load(read_facts(str(base)), train=["unet"])
+        found = {part: family.digest(part) for part in ("vae", "text_encoder")}
+        assert family.vae is None and "text_encoder" not in dict(family.denoiser.named_children()), "none is needed"
+        return found
+
+    half = make_tiny_model(tmp_path / "half", openclip=True, dtype="float16")
+    found = digests(half)
+    facts = read_facts(str(half))
+    written = write(load(facts, train=["unet"]).files({}), tmp_path / "written")
+    assert digests(written) == found
+    for name, dtype in (("half", None), ("full", torch.float32)):
+        made = single_file(facts, dtype=dtype, title=name, date="2026-11-22T00:00:00Z")
+        save_file(dict(made.tensors), tmp_path / f"{name}.safetensors", dict(made.metadata))
+        assert digests(tmp_path / f"{name}.safetensors") == found
+    assert digests(make_tiny_model(tmp_path / "full", openclip=True))["vae"] != found["vae"], "float16 has rounded"
+    config = json.loads((half / "vae" / "config.json").read_text())
+    (half / "vae" / "config.json").write_text(json.dumps({**config, "norm_num_groups": 2}))
+    assert digests(half) == {**found, "vae": digests(half)["vae"]}
+    assert digests(half)["vae"] != found["vae"]
 
 
 def test_a_frozen_part_in_another_form_is_written_in_the_published_one(tmp_path: Path) -> None:
