@@ -109,7 +109,7 @@ class PartReader:
         """Of names, shapes and numbers, in whatever kind of file and precision they are kept; one tensor at a time."""
         sums = []
         for name, piece in self._pieces():
-            numbers = piece.float().contiguous().reshape(-1).view(torch.uint8).numpy()
+            numbers = piece.float().contiguous().reshape(-1).view(torch.uint8).numpy().data
             of_this = hashlib.blake2b(f"{name} {tuple(piece.shape)}".encode(), digest_size=16)
             of_this.update(numbers)
             sums.append(of_this.digest())

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from everydream.data.fingerprint import Fingerprint
 from everydream.errors import CheckpointError
 from everydream.models.family import Family, read_facts
 from everydream.models.files import CopyOf, FileContent, TensorFile
@@ -46,14 +47,14 @@ class Bag:
         optimizers: Mapping[str, Optimizer],
         trained: Mapping[str, Mapping[str, Parameter]],
         ema: EMA | NoEMA,
-        fingerprint: Mapping[str, str],
+        fingerprints: Mapping[str, Fingerprint],
         scaler: torch.amp.GradScaler | None = None,
         exports: Callable[[int], Exports] = lambda step: {},
     ) -> None:
         self.checkpoints, self.family, self.state = checkpoints, family, state
         self.optimizers, self.trained, self.ema, self.scaler = optimizers, trained, ema, scaler
         self.exports = exports
-        self._data = Bytes(json.dumps(fingerprint, ensure_ascii=False, indent=0, sort_keys=True).encode())
+        self._data = Bytes(json.dumps(fingerprints, ensure_ascii=False, indent=0, sort_keys=True).encode())
 
     # Out
 

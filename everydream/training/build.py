@@ -170,6 +170,7 @@ class Build:
         if settings.class_data_root is not None and settings.prior_loss_weight > 0:
             make_class_pictures(prepared, self.family)
             samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
+            prepared.compare("class", samples, prepared.start.state.class_epoch)
             self.sets["class"] = prepared.picture_set("class", samples)
 
     def trainer(self) -> Trainer:
@@ -201,7 +202,7 @@ class Build:
             optimizers=optimizers,
             trained=trained,
             ema=ema,
-            fingerprint=prepared.fingerprint,
+            fingerprints=prepared.fingerprints,
             scaler=prepared.accelerator.scaler,
             exports=self._exports,
         )
@@ -244,6 +245,7 @@ class Build:
         trainer = Trainer(
             state=self.state,
             clock=prepared.clock,
+            class_epoch=self.sets["class"].plan.epoch_of if "class" in self.sets else lambda micro_batch: 0,
             update=update,
             parts=parts,
             ema=ema,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from everydream.data.buckets import bucket_sizes
-from everydream.data.fingerprint import fingerprint
+from everydream.data.fingerprint import Fingerprint, fingerprint
 from everydream.data.folders import find, roots_of
 from everydream.data.gate import Progress
 from everydream.data.scan import Sample
@@ -193,12 +193,8 @@ class Prepared:
             ranks=self.ranks,
         )
         samples = self.scan("subject", settings.data_root, settings.instance_prompt)
-        self.fingerprint = fingerprint(samples)
-        state = self.start.state
-        changed = check_data(self.start, self.fingerprint, settings.accept_data_changes)
-        if changed:
-            state.plan_start = [state.step * self.per_update, state.epoch + 1]
-            self.notes += [f"pictures since the checkpoint: {line}" for line in changed]
+        self.fingerprints: dict[str, Fingerprint] = {}
+        self.compare("subject", samples, self.start.state.epoch)
         samples, self.validation_sets = self._hold_out(samples)
         self.subject = self.picture_set("subject", samples)
         plan = self.subject.plan
@@ -215,6 +211,18 @@ class Prepared:
                 "batch_size"
             )
         self.clock = Clock(plan, self.per_update, total)
+
+    def compare(self, name: str, samples: Sequence[Sample], epoch: int) -> None:
+        """With what the checkpoint was trained on; accepted changes begin with the epoch after `epoch`, where it was.
+
+        Raises DataError. Subject and class are compared each by itself: new ones of one leave the other's plan alone.
+        """
+        now = self.fingerprints[name] = fingerprint(samples)
+        changed = check_data(self.start, name, now, self.settings.accept_data_changes)
+        if changed:
+            state = self.start.state
+            state.plan_starts[name] = [state.step * self.per_update, epoch + 1]
+            self.notes += [f"{name} pictures since the checkpoint: {line}" for line in changed]
 
     def rests(self) -> list[str]:
         """What the end of the run leaves untrained."""
@@ -234,7 +242,7 @@ class Prepared:
         return samples
 
     def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
-        begin, epoch = self.start.state.plan_start
+        begin, epoch = self.start.state.plan_starts.get(name, (0, 0))
         settings = self.settings
         return PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
 

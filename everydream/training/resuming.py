@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from everydream.data.fingerprint import Fingerprint
 from everydream.data.fingerprint import changes as data_changes
 from everydream.errors import ConfigError, DataError
 from everydream.runtime import Ranks
@@ -75,15 +76,18 @@ def check_settings(start: Start, record: Mapping[str, Any], changes: Any, resume
     return [f"changed since the run was started: {line}" for line in (*safe, *refused)]
 
 
-def check_data(start: Start, now: Mapping[str, str], accept: bool) -> list[str]:
+def check_data(start: Start, name: str, now: Fingerprint, accept: bool) -> list[str]:
     """Lines to print on changed pictures that were accepted. Raises DataError with the list of those that were not."""
     if start.checkpoint is None:
         return []
-    lines = data_changes(json.loads((start.checkpoint / DATA).read_bytes()), now).lines()
+    before = json.loads((start.checkpoint / DATA).read_bytes()).get(name)
+    if before is None:  # class pictures that --resume_changed brings in
+        return []
+    lines = data_changes(before, now).lines()
     if lines and not accept:
         raise DataError(
             [
-                f"pictures or captions are not those that {start.checkpoint} was trained on:",
+                f"{name} pictures or captions are not those that {start.checkpoint} was trained on:",
                 *(f"  {line}" for line in lines),
                 "Put them back, or add --accept_data_changes to go on with the new ones from the next epoch.",
             ]

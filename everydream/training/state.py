@@ -17,6 +17,7 @@ class TrainState:
 
     step: int = 0
     epoch: int = 0  # 0-based, of the next micro-batch
+    class_epoch: int = 0  # the same for class pictures, whose plan has epochs of its own
     images_seen: int = 0  # subject pictures
     class_images_seen: int = 0
     loss_sum: float = 0.0  # over the pictures since the last line of metrics.jsonl, for the next line's mean
@@ -28,7 +29,8 @@ class TrainState:
     skipped_steps: list[int] = field(default_factory=list)  # updates left out: their loss or gradient was not finite
     rollbacks: list[list[int]] = field(default_factory=list)  # [step it happened at, step that was loaded]
     lr_horizon: int | None = None  # the step at which the learning rates end their decay
-    plan_start: list[int] = field(default_factory=lambda: [0, 0])  # [step, epoch] at which the present data plan began
+    # "subject", "class" → [micro-batch, epoch] at which the present plan of these pictures began; [0, 0] where not said
+    plan_starts: dict[str, list[int]] = field(default_factory=dict)
     threads: int | None = None  # a sum's rounding depends on them
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)  # float16's loss scale

@@ -54,6 +54,7 @@ class Trainer:
 
     state: TrainState
     clock: Clock
+    class_epoch: Callable[[int], int]  # of a micro-batch
     update: Update
     parts: Mapping[str, Part]
     ema: EMA | NoEMA
@@ -171,6 +172,7 @@ class Trainer:
         state.images_seen += pictures
         state.class_images_seen += pictures * update.has_class
         state.epoch = self.clock.epoch(state.step)
+        state.class_epoch = self.class_epoch(state.step * self.clock.per_update)
         shown = {f"lr_{name}": lr for name, lr in self.lrs.items()}
         if verdict.is_finite:
             state.loss_sum += verdict.loss_sum

@@ -157,6 +157,43 @@ def test_changed_pictures_are_refused_or_accepted_from_the_next_epoch(
     injected("pictures or captions changed before a resume", 3)
 
 
+def test_subject_and_class_pictures_change_each_by_themselves(
+    world: World, capfd: pytest.CaptureFixture[str], injected: Inject
+) -> None:
+    """New pictures of one begin with that one's next epoch; the other's stream is what it would have been."""
+    subject, others = (Path(shutil.copytree(world.folder / name, world.folder / f"own {name}"))
+                       for name in ("pictures", "class"))  # fmt: skip
+    config = world.settings("both", data_root=str(subject), class_data_root=str(others), class_prompt="a star",
+                            max_steps=12, write_schedule=True)  # fmt: skip
+
+    def drawn(kind: str) -> list[dict[str, Any]]:
+        every = lines(newest_run(world.logdir(config)) / "schedule.jsonl")
+        return [line for line in every if line.get("class", False) == (kind == "class")]
+
+    assert world.train(config) == 0
+    straight = {kind: drawn(kind) for kind in ("subject", "class")}
+    config = world.settings("both again", data_root=str(subject), class_data_root=str(others), class_prompt="a star",
+                            max_steps=12, write_schedule=True)  # fmt: skip
+    assert world.train(config, at={4: stop()}) == 143
+    (subject / "picture_000.txt").write_text("a red bar")
+    assert world.train(config, "--resume", "latest", "--accept_data_changes", at={8: stop()}) == 143
+    assert drawn("class") == straight["class"][:8], "class pictures go on as they would have"
+    assert drawn("subject")[4:] != straight["subject"][4:8]
+    seen = max(max(line["epochs"]) for line in drawn("class"))
+    (others / "picture_000.png").unlink()
+    capfd.readouterr()
+    assert world.train(config, "--resume", "latest") == 2
+    said = capfd.readouterr().err
+    assert "class/picture_000.png" in said and "--accept_data_changes" in said and "subject" not in said
+    assert world.train(config, "--resume", "latest", "--accept_data_changes") == 0
+    after = [line for line in drawn("class") if line["step"] > 8]
+    assert min(min(line["epochs"]) for line in after) > seen, "no draw comes twice"
+    assert all("picture_000" not in name for line in after for name in line["samples"])
+    since = [pair for line in drawn("subject")[4:] for pair in zip(line["samples"], line["epochs"], strict=True)]
+    assert len(since) == len(set(since)), "nor does one of the subject"
+    injected("pictures or captions changed before a resume", 2)
+
+
 def test_a_second_run_in_the_folder_is_refused(
     world: World, capfd: pytest.CaptureFixture[str], injected: Inject
 ) -> None:
