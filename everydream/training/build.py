@@ -5,6 +5,7 @@ Stages 1 to 5, which write nothing and read no weights, are in prepare.py.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from everydream.optim.table import row_of
 from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
 from everydream.training.bag import Bag, export
-from everydream.training.checkpoint import folders, name_of
+from everydream.training.checkpoint import clean, folders, name_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
 from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
@@ -183,6 +184,9 @@ class Build:
         self.folder, self._held = begin_run(
             start, self._held, prepared.record, settings.logdir, settings.project_name, ranks
         )
+        if ranks.is_main:
+            with contextlib.suppress(OSError):  # what cannot be removed harms nobody
+                clean(self.exports, name=f"{settings.project_name}-step-")
         self._open_log()
         # 9. Caches, optimizers, average; the checkpoint's state into them.
         inputs = make_inputs(prepared, self.family, self.sets)

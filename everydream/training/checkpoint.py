@@ -219,11 +219,14 @@ def delete(folder: Path, files: Files = DISK) -> None:
     remove_tree(files, doomed)
 
 
-def clean(checkpoints: Path, files: Files = DISK) -> list[Path]:
-    """Remove what a killed process left half-written or half-deleted; only for the holder of the run's lock."""
-    if not checkpoints.is_dir():
+def clean(folder: Path, files: Files = DISK, name: str = "") -> list[Path]:
+    """Remove what a killed process left half-written or half-deleted; only for the holder of the run's lock.
+
+    `name`: only what begins so, in a folder that others write to as well.
+    """
+    if not folder.is_dir():
         return []
-    left = [path for path in sorted(checkpoints.iterdir()) if path.name.startswith((SAVING, DELETING))]
+    left = [path for path in sorted(folder.iterdir()) if path.name.startswith((SAVING + name, DELETING + name))]
     for path in left:
         remove_tree(files, path)
     return left

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -178,12 +177,3 @@ class Saver:
             f"a background save would need {needed / 1e9:.1f} GB more memory and {max(free, 0) / 1e9:.1f} GB are free: "
             "training waits for this save"
         )
-
-
-@contextmanager
-def _warned(what: str, warnings: list[str]) -> Iterator[None]:
-    """The checkpoint is safe by now: whatever an export or a deletion meets, training goes on."""
-    try:
-        yield
-    except Exception as error:
-        warnings.append(f"{what}: {error}")

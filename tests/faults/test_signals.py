@@ -67,14 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def start(world: World, name: str, case: Case) -> Started:
     """Returns once some updates are done."""
-    # A global batch, so that what two processes began one may go on with.
-    changes: dict[str, Any] = {
-        "max_steps": 100_000,
-        "save_every_n_steps": None,
-        "save_single_file": True,
-        "global_batch_size": 4,
-    }
-    config = world.settings(name, **changes)
+    config = world.settings(name, **SETTINGS)
     command = case.command("--config", config)
     started = subprocess.Popen(
         command,
