@@ -34,9 +34,3 @@ def test_commands_run_as_they_stand(page: Path, tmp_path: Path) -> None:
             ["bash", "-euo", "pipefail", "-c", block], cwd=clone, env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
-
-
-def test_the_readme_links_to_pages_that_exist() -> None:
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name} → {target}"

@@ -1,0 +1,68 @@
+"""The documentation against the program: messages are those that it prints, settings and files are there."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from everydream.config.legacy import ALIASES
+from everydream.config.schema import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+VARIES = "…"
+
+
+def said() -> Iterator[str]:
+    """Every string of the source; what is put into an f-string is VARIES."""
+    for path in (ROOT / "everydream").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else VARIES for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def messages() -> list[str]:
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    return [found[1] for row in rows if (found := re.match(r"\| `([^`]+)`", row))]
+
+
+@pytest.fixture(scope="module")
+def source() -> str:
+    return "\n".join(said())
+
+
+@pytest.mark.parametrize("message", messages())
+def test_the_program_says_what_troubleshooting_explains(message: str, source: str) -> None:
+    parts = [re.escape(part.strip()) for part in message.split(VARIES)]
+    assert re.search("[^\n]*".join(parts), source)
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} → {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    named = re.findall(
+        r"\b((?:everydream|scripts|examples|bench|tests|docs|schemas)/[\w./]*\w)", page.read_text("utf-8")
+    )
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_setting_on_a_documented_command_line_is_one() -> None:
+    """Of the lines that start the trainer; `--no_flag` is `--flag false`."""
+    known = {*Settings.model_fields, *ALIASES, "config", "dry_run", "print_config", "help"}
+    unknown = []
+    for page in PAGES:
+        for words in re.findall(r"scripts/train\.py((?: (?!`)\S+)*)", page.read_text(encoding="utf-8")):
+            names = [name.removeprefix("no_") for name in re.findall(r"--(\w+)", words)]
+            unknown += [f"{page.name}: {name}" for name in names if name not in known]
+    assert unknown == []
