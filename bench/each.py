@@ -1,0 +1,114 @@
+"""What each means of speed gives: python bench/each.py [--size demo] [--batch 4] [--rounds 5] [--json each.json]
+
+The trainer as bench/speed.py launches it, and the same with one thing changed, in turns. The figure is the changed
+run's steps/s over the unchanged one's of the same round, median over the rounds. "Expected" was written down before
+measuring, from the shares of a step: see docs/speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "bench"))
+
+
+class Change(NamedTuple):
+    """One thing done otherwise than by default: settings, the optimizer's file, the environment."""
+
+    expected: str  # steps/s over the unchanged run's, on a CPU, before it was measured
+    settings: Mapping[str, Any] = MappingProxyType({})
+    optimizer: dict[str, Any] | None = None
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+def adamw(**args: bool) -> dict[str, Any]:
+    """torch's own class by its dotted name: never laid out flat."""
+    return {"optimizer": "torch.optim.AdamW", "lr": 1e-6, "args": args}
+
+
+CHANGES = {
+    "unchanged": Change("1"),
+    "latents encoded each step": Change("0.8", {"cache_latents": "false"}),
+    "text encoded each step": Change("0.95", {"shuffle_tags": "true"}),
+    "no flat buffers": Change("0.95", optimizer=adamw(fused=True)),
+    "no flat buffers, foreach AdamW": Change("0.85", optimizer=adamw(foreach=True)),
+    "adamw8bit": Change("0.5", optimizer={"optimizer": "adamw8bit", "lr": 1e-6}),
+    "metrics every step": Change("1", {"log_step": 1}),
+    "schedule written": Change("1", {"write_schedule": "true"}),
+    "batches by two workers": Change("1", {"num_workers": 2}),
+    "average of weights": Change("0.98", {"ema_decay_rate": 0.999}),
+    "bf16 autocast": Change("1", {"mixed_precision": "bf16"}),
+    "bf16 weights": Change("0.6", {"weights_dtype": "bfloat16"}),
+    "fused backward": Change("0.95", {"fused_backward": "true", "clip_grad_norm": "null"}),
+    "gradient checkpointing": Change("0.75", {"gradient_checkpointing": "true"}),
+    "two threads": Change("1.4", environment={"OMP_NUM_THREADS": "2"}),
+    "two threads that spin": Change("1.4", environment={"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "ACTIVE"}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="demo", help="demo, small (55M, 256 px)")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=60, help="timed in each round")
+    parser.add_argument("--only", nargs="+", choices=list(CHANGES), metavar="CHANGE", help="these alone")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    names = ["unchanged", *(name for name in options.only or CHANGES if name != "unchanged")]
+    found: dict[str, list[float]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            for name in names:
+                found[name].append(steps_per_s(CHANGES[name], options, Path(folder), f"{number}-{names.index(name)}"))
+                ratio = found[name][-1] / found["unchanged"][-1]
+                print(f"round {number + 1}, {name}: {ratio:.3f}", file=sys.stderr, flush=True)
+    rows = [row(name, found) for name in names]
+    print("| changed | expected | measured | steps/s |\n| --- | --- | --- | --- |")
+    for one in rows:
+        print(f"| {one['change']} | {one['expected']} | {one['ratio']:.2f} | {one['steps_per_s']:.3g} |")
+    if options.json:
+        import speed
+
+        what = {"size": options.size, "batch": options.batch, "machine": speed.machine(), "rows": rows}
+        options.json.write_text(json.dumps(what, indent=1) + "\n")
+
+
+def steps_per_s(change: Change, options: argparse.Namespace, folder: Path, label: str) -> float:
+    import speed
+    from models import model_of
+
+    model, resolution = model_of(options.size, folder)
+    pictures = speed.pictures_of(folder, resolution)
+    settings = dict(change.settings)
+    if change.optimizer:
+        settings["optimizer_config"] = folder / f"optimizer-{label}.json"
+        settings["optimizer_config"].write_text(json.dumps(change.optimizer))
+    logs = folder / f"logs-{label}"
+    got = speed.trainer(model, pictures, logs, options.batch, options.steps, 1, settings, change.environment)
+    return got["steps_per_s"]
+
+
+def row(name: str, found: dict[str, list[float]]) -> dict[str, Any]:
+    ratios = [one / base for one, base in zip(found[name], found["unchanged"], strict=True)]
+    return {
+        "change": name,
+        "expected": CHANGES[name].expected,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "steps_per_s": statistics.median(found[name]),
+    }
+
+
+if __name__ == "__main__":
+    main()
