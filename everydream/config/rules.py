@@ -85,6 +85,7 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Values], bool], str], ...] = (
     ("class_data_root", lambda v: v["prior_loss_weight"] == 0, "prior_loss_weight is 0"),
     ("huber_delta", lambda v: v["loss_type"] == "mse", "loss_type is mse"),
     ("ema_update_interval", lambda v: v["ema_decay_rate"] is None, _NO_EMA),
+    ("ema_use", lambda v: v["ema_decay_rate"] is None, _NO_EMA),
     ("ema_device", lambda v: v["ema_decay_rate"] is None, _NO_EMA),
     ("save_ckpt_dir", lambda v: not v["save_single_file"], "save_single_file is false"),
     ("save_dtype", lambda v: not v["save_single_file"], "save_single_file is false"),

@@ -320,8 +320,12 @@ class Settings(Tree):
 
     ema_decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
-        description="Keep a moving average of the weights, decay between 0 and 1 (0.999), used for previews, "
-        "validation and exports. Null: none.",
+        description="Keep a moving average of the weights, decay between 0 and 1 (0.999), in every checkpoint and for "
+        "what ema_use names. Null: none.",
+    )
+    ema_use: tuple[Literal["previews", "validation", "exports"], ...] = Field(
+        ("previews", "validation", "exports"),
+        description="What is made with the average; the others are made with the weights as they are trained.",
     )
     ema_update_interval: Count = Field(
         1, description="Optimizer updates between two updates of the average, 1 or more."

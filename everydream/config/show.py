@@ -45,7 +45,8 @@ def differences(resolved: Resolved) -> str:
 
 def _rows(entries: Mapping[str, Entry]) -> Iterable[str]:
     rows = [(key, show(entry.value), entry.place or entry.origin, _overridden(entry)) for key, entry in entries.items()]
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
+    # One long path must not push every row over a terminal's edge.
+    widths = [min(24 if column else 40, max((len(row[column]) for row in rows), default=0)) for column in range(3)]
     for row in rows:
         yield "  ".join([text.ljust(width) for text, width in zip(row, widths, strict=False)] + [row[3]]).rstrip()
 

@@ -122,9 +122,9 @@ def put(tensors: Mapping[str, Tensor], named: Mapping[str, Parameter]) -> None:
         parameter.copy_(tensors[name])
 
 
-def export(checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str) -> Content:
-    """A checkpoint as one file in the original layout, with the averaged weights where there are any."""
-    average = read_tensors(checkpoint / EMA_FILE) if (checkpoint / EMA_FILE).is_file() else {}
+def export(checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str, averaged: bool = True) -> Content:
+    """A checkpoint as one file in the original layout, with the averaged weights where there are any and `averaged`."""
+    average = read_tensors(checkpoint / EMA_FILE) if averaged and (checkpoint / EMA_FILE).is_file() else {}
     made = single_file(
         read_facts(str(checkpoint / MODEL)),
         dtype=dtype,

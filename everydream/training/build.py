@@ -253,6 +253,7 @@ class Build:
             update=update,
             parts=parts,
             ema=ema,
+            ema_use=settings.ema_use,
             ranks=ranks,
             log=self.log,
             saver=self.saver,
@@ -373,7 +374,8 @@ class Build:
             return {}
         target = self.exports / f"{settings.project_name}-{name_of(step)}.safetensors"
         recipe = json.dumps(for_others(self.prepared.record), ensure_ascii=False)
-        return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe)}
+        return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe,
+                                averaged="exports" in settings.ema_use)}  # fmt: skip
 
     @property
     def exports(self) -> Path:

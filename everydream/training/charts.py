@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560, 230  # of the drawing's own coordinates; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 28
 MAX_POINTS = 600  # a line; more than there are pixels
 OUTLIERS = 0.01  # share of the points that may lie outside the chart at its top
 

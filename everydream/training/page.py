@@ -59,6 +59,7 @@ button { font: inherit; color: inherit; background: var(--card); border: 1px sol
 .warnings li { border-left: 4px solid var(--c1); }
 .warnings p { margin: 2px 0 0; color: var(--faint); white-space: pre-line; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; } th { text-align: left; font-weight: 400; }
+td:last-child { white-space: nowrap; }
 td, th { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--faint); margin-bottom: 8px; }
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,7 @@ class Trainer:
     update: Update
     parts: Mapping[str, Part]
     ema: EMA | NoEMA
+    ema_use: Collection[str]  # "previews", "validation"
     ranks: Ranks
     log: NullLog
     saver: Saver
@@ -114,14 +115,14 @@ class Trainer:
 
     def preview(self) -> None:
         if self.preview_due(self.state.step):
-            with self.profile("preview"), self._failure_is_reported("the preview"), self.evaluating():
+            with self.profile("preview"), self._failure_is_reported("the preview"), self.evaluating("previews"):
                 self.previews(self.state.step)
             if not self._is_stopping():
                 self.state.previewed = self.state.step
 
     def validate(self) -> None:
         if self.validation_due(self.state.step):
-            with self.profile("validation"), self._failure_is_reported("the validation"), self.evaluating():
+            with self.profile("validation"), self._failure_is_reported("the validation"), self.evaluating("validation"):
                 values = self.validation(self.state.step)
                 if values:
                     self.log.metrics(self.state.step, values)
@@ -259,9 +260,9 @@ class Trainer:
                            deleted=[str(path) for path in saved.deleted])  # fmt: skip
 
     @contextlib.contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self, what: str) -> Iterator[None]:
         """EMA's or averaged weights in place, layers in eval mode; exactly the training weights afterwards."""
-        with averaged(self.parts), self.ema.applied():
+        with averaged(self.parts), self.ema.applied() if what in self.ema_use else contextlib.nullcontext():
             self.denoiser.eval()
             try:
                 yield

@@ -100,6 +100,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "huber_delta": {"huber_delta": 0.1},
     "ema_update_interval": {"ema_update_interval": 5},
     "ema_device": {"ema_device": "cpu"},
+    "ema_use": {"ema_use": ["previews"]},
     "save_ckpt_dir": {"save_ckpt_dir": "out", "save_single_file": False},
     "save_dtype": {"save_dtype": "float32", "save_single_file": False},
     "resume_changed": {"resume_changed": True},

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from everydream.optim.table import ROWS
 from tests.tiny import make_pictures
@@ -110,6 +111,33 @@ def test_validation_and_previews_leave_no_trace(tiny_model: Path, pictures: Path
     name = "checkpoints/step-0000000006"
     assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "watched") / name))
     assert (only_run(tmp_path / "watched") / "samples" / "before_after.png").is_file()
+
+
+def test_each_use_of_the_average_is_a_choice(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    prompts = tmp_path / "prompts.json"
+    prompts.write_text('{"steps": 2, "size": [32, 32], "prompts": ["a thing"]}')
+    watch = tmp_path / "validation.json"
+    watch.write_text('{"val_split_mode": "none", "stabilize_training_loss": true, "every_n_epochs": 1}')
+
+    def made(use: str) -> dict[str, object]:
+        settings = {"ema_decay_rate": 0.9, "ema_use": use, "sample_prompts": prompts, "sample_steps": 3, "max_steps": 3,
+                    "validation_config": watch, "save_single_file": True, "lr": 1e-2,
+                    "cache_dir": tmp_path / "cache"}  # fmt: skip
+        assert start(*options(tiny_model, pictures, tmp_path / use, **settings)) == 0
+        run = only_run(tmp_path / use)
+        (single,) = (run / "exports").glob("*.safetensors")
+        return {
+            "previews": Image.open(run / "samples" / "step-0000000003.png").tobytes(),
+            "validation": [line for line in metrics(run) if "loss_train_fixed" in line][-1]["loss_train_fixed"],
+            "exports": b"".join(t.numpy().tobytes() for _, t in sorted(load_file(single).items())),
+        }
+
+    none, every = made("[]"), made('["previews", "validation", "exports"]')
+    for use in every:
+        assert none[use] != every[use], use
+        assert made(use) == {**none, use: every[use]}
 
 
 def test_fused_backward_gives_the_same_weights(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
