@@ -61,16 +61,17 @@ class Saver:
         self._error: SaveError | None = None
         self._bug: BaseException | None = None
 
-    def save(self, step: int, contents: Contents, exports: Exports | None = None) -> None:
+    def save(self, step: int, contents: Contents, exports: Exports | None = None, *, wait: bool = False) -> None:
         """Begin a save; an earlier one is finished first. Its outcome comes from `outcomes`.
 
         When this returns, training may change the tensors: they are on the disk, or copied to the host's memory where
-        they fit.
+        they fit. `wait`: nothing is left to train meanwhile, so that a copy would only cost memory.
         """
         began = time.perf_counter()
         self.join()
-        short_of = self._short_of(contents) if self._background else ""
-        if not self._background or short_of:
+        in_background = self._background and not wait
+        short_of = self._short_of(contents) if in_background else ""
+        if not in_background or short_of:
             self._run(Saved(step, warnings=(short_of,) if short_of else ()), contents, exports or {}, began)
             return
         contents = self._snapshot(contents)

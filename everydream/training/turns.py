@@ -141,7 +141,7 @@ class Trainer:
                 self.log.sync()
                 optimizers = self.bag.capture()  # with the training weights, before averaged ones take their place
                 with averaged(self.parts):
-                    self.saver.save(step, *self.bag.contents(optimizers))
+                    self.saver.save(step, *self.bag.contents(optimizers), wait=is_last)
         if is_last:
             on_main(self.ranks, self.saver.require)
         self._report_saves()

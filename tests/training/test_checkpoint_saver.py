@@ -85,6 +85,13 @@ def test_blocking_saves_are_done_when_save_returns(tmp_path: Path) -> None:
     assert not saved.background and saved.held_s == saved.seconds > 0 and saved.warnings == ()
 
 
+def test_the_last_save_is_waited_for_and_copies_nothing(tmp_path: Path) -> None:
+    saver = saver_of(tmp_path, free_memory=lambda: 0)
+    saver.save(1, weights(1), wait=True)
+    [saved] = saver.outcomes()
+    assert saved.path is not None and not saved.background and saved.warnings == ()
+
+
 def test_without_memory_for_a_snapshot_training_waits_and_it_is_said(tmp_path: Path) -> None:
     shared = torch.zeros(PIECE // 4)  # seen under two names it is needed once
     contents = {"a.safetensors": Tensors({"x": shared}), "b.safetensors": Tensors({"y": shared})}
