@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 import time
@@ -61,7 +62,7 @@ class Packs:
         path, begin, shape, crc = self._places[name]
         if path not in self._maps:
             self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
-        data = self._maps[path][begin : begin + 4 * int(np.prod(shape))]
+        data = self._maps[path][begin : begin + 4 * math.prod(shape)]
         if name not in self._proved:
             if zlib.crc32(data.tobytes()) != crc:
                 raise DataError(f"{path}: damaged on disk: delete it, it is made again at the next start")

@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from everydream.draws import generator
 from everydream.errors import ConfigError
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name → class in diffusers, what it needs beside the model's own
@@ -146,6 +145,8 @@ def _samplings(entries: Any, defaults: Sampling, captions: Sequence[str], report
             continue
         entry = _renamed(entry)
         if entry.pop("random_caption", False) and captions:
+            from everydream.draws import generator  # numpy, which `sample.py --help` does without
+
             entry["prompt"] = captions[int(generator(defaults.seed, "random caption", i).integers(len(captions)))]
         if not isinstance(entry.get("prompt", defaults.prompt or None), str):
             report(f'{where}: needs a "prompt"')

@@ -89,6 +89,25 @@ def test_cached_batches_pair_with_their_pictures_and_captions(folder: Path, tmp_
             assert torch.equal(here.moments_BMCHW, there.moments_BMCHW) and torch.equal(here.text_BLD, there.text_BLD)
 
 
+def test_what_is_made_ahead_from_caches_fails_in_its_place(folder: Path, tmp_path: Path) -> None:
+    source = source_of(folder, 1)
+    latents = LatentCache(tmp_path, "vae")
+    build(latents, source)
+    (pack,) = (tmp_path / "latents").rglob("*.safetensors")
+    damaged = source.plan.micro_batch(2)[0].sample
+    items = [("subject", index) for index in range(5)]
+    loader = Loader(dataset_of(source, latents=latents), items)
+    request = next(r for r in source.latent_requests() if r.sample.identity == damaged)
+    place = pack.read_bytes().index(LatentCache(tmp_path, "vae").moments(request).tobytes())
+    with open(pack, "r+b") as file:
+        file.seek(place)
+        file.write(bytes(16))
+    assert [next(loader).identities[0] for _ in range(2)] == [source.plan.micro_batch(i)[0].sample for i in range(2)]
+    with pytest.raises(DataError, match="damaged on disk"):
+        next(loader)
+    assert next(loader, None) is None
+
+
 def test_masks_are_cached_with_their_latents(tmp_path: Path) -> None:
     mask = np.zeros((32, 32), dtype=np.uint8)
     mask[3:20, :9] = 255

@@ -226,6 +226,14 @@ def test_sources_are_drawn_in_turn(folder: Path) -> None:
     assert [batch.is_class for batch in batches] == [False, True] * 3
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_draws_nothing_from_the_generator_of_optimizers_and_dropout(folder: Path, workers: int) -> None:
+    before = torch.get_rng_state()
+    with Loader(dataset_of(source_of(folder, 1, ALL)), [("subject", 0)], num_workers=workers) as batches:
+        next(batches)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # --- workers ---
 
 
