@@ -4,6 +4,9 @@ A bare loop trains a UNet with AdamW and an average of its weights, and saves bo
 and in the background. Lost: how much longer the steps from the beginning to the end of a background save took, with the
 snapshot before them, than as many steps without a save; as a share of the time that a waiting save takes. One thread
 trains, so a second core is there for the writer.
+
+"Neighbour": what training loses, as the same share, while another process that shares nothing with it hashes and writes
+those files. Cores share their memory, so on many machines this is not nothing; no way of saving can cost less.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -52,9 +56,13 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     from everydream.training.saver import Saver
 
     model, resolution = model_of(size, folder)
-    step, contents = training(model, resolution, options.device)
+    settle: list[Callable[[], None]] = [lambda: None]
+    step, contents = training(model, resolution, options.device, lambda: settle[0]())
     savers = {way: Saver(folder / size / way, background=way == "background", keep_last=1) for way in WAYS}
-    timed: dict[str, list[float]] = {"step": [], "waiting": [], "lost": [], "snapshot": [], "background": []}
+    settle[0] = savers["background"].settle
+    timed: dict[str, list[float]] = {
+        key: [] for key in ("step", "waiting", "lost", "neighbour", "snapshot", "background")
+    }
     for number in range(options.rounds + 1):
         alone = timer(step, options.steps) / options.steps
         savers["waiting"].save(number, contents())
@@ -66,23 +74,64 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
             step()
             done += 1
         lost = time.perf_counter() - began - done * alone
+        neighbour = beside(step, alone, next((folder / size / "waiting").iterdir()), folder / size / "neighbour")
         if number == 0:
             continue  # the first save takes its memory, and the disk's cache is cold
-        for key, value in (("step", alone), ("waiting", waiting.seconds), ("lost", lost),
-                           ("snapshot", outcomes[0].held_s), ("background", outcomes[0].seconds)):  # fmt: skip
+        seconds = {
+            "step": alone,
+            "waiting": waiting.seconds,
+            "lost": lost,
+            "neighbour": neighbour,
+            "snapshot": outcomes[0].held_s,
+            "background": outcomes[0].seconds,
+        }
+        for key, value in seconds.items():
             timed[key].append(value)
     medians = {f"{key}_s": statistics.median(values) for key, values in timed.items()}
-    share = statistics.median(lost / waiting for lost, waiting in zip(timed["lost"], timed["waiting"], strict=True))
+    shares = {
+        f"{key}_share": statistics.median(
+            part / whole for part, whole in zip(timed[key], timed["waiting"], strict=True)
+        )
+        for key in ("lost", "neighbour")
+    }
     checkpoint = next((folder / size / "waiting").iterdir())
     written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    return {"size": size, "device": options.device, "bytes": written, **medians, "lost_share": share}
+    return {"size": size, "device": options.device, "bytes": written, **medians, **shares}
 
 
+def beside(step: Callable[[], None], alone: float, checkpoint: Path, target: Path) -> float:
+    """Seconds that training loses while another process hashes and writes a checkpoint's files."""
+    target.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", NEIGHBOUR, str(checkpoint), str(target)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdout.readline()  # it has read them
+        process.stdin.close()
+        began, done = time.perf_counter(), 0
+        while process.poll() is None:
+            step()
+            done += 1
+        return time.perf_counter() - began - done * alone
+
+
+NEIGHBOUR = """
+import hashlib, os, pathlib, sys
+contents = [path.read_bytes() for path in pathlib.Path(sys.argv[1]).rglob("*") if path.is_file()]
+print("ready", flush=True)
+sys.stdin.read()
+for number, content in enumerate(contents):
+    hashlib.sha256(content)
+    with open(f"{sys.argv[2]}/{number}", "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+"""
 WAYS = ("waiting", "background")
 
 
-def training(model: Path, resolution: int, device: str) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
-    """(one update, what a checkpoint of it holds)."""
+def training(
+    model: Path, resolution: int, device: str, settle: Callable[[], None]
+) -> tuple[Callable[[], None], Callable[[], dict[str, Any]]]:
+    """(one update, what a checkpoint of it holds). `settle` is called before the weights change."""
     import torch
 
     from everydream.models.family import load, read_facts
@@ -105,6 +154,7 @@ def training(model: Path, resolution: int, device: str) -> tuple[Callable[[], No
 
     def step() -> None:
         family.denoiser(latents_BCHW, t_B, text_BLD).square().mean().backward()
+        settle()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         count[0] += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -211,7 +212,11 @@ def _dotted(optimizer: Optimizer) -> str:
 
 
 def _library(optimizer: Optimizer) -> str:
-    package = type(optimizer).__module__.partition(".")[0]
+    return _with_version(type(optimizer).__module__.partition(".")[0])
+
+
+@cache
+def _with_version(package: str) -> str:
     try:
         return f"{package} {metadata.version(package)}"
     except metadata.PackageNotFoundError:

@@ -49,6 +49,9 @@ class Plugins:
         """After each update. Whatever it does is done once a step: keep it short."""
         self._call("after_step", trainer)
 
+    def has(self, moment: str) -> bool:
+        return bool(self._calls[moment])
+
     def after_save(self, trainer: Trainer) -> None:
         """A checkpoint was handed to the writer; in the background it may not be on disk yet."""
         self._call("after_save", trainer)

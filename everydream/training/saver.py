@@ -12,9 +12,9 @@ from everydream.errors import SaveError
 from everydream.training import hostmemory
 from everydream.training.checkpoint import commit, read_manifest
 from everydream.training.retention import Retention
-from everydream.training.snapshot import HostMemory, Snapshot
+from everydream.training.snapshot import HostMemory, finished
 from everydream.training.storage import DISK, ChangedFile, Content, Copy, Files, write_atomically
-from everydream.training.tensorfile import Tensors, identity
+from everydream.training.tensorfile import Tensors
 
 Contents = Mapping[str, Content]
 Exports = Mapping[Path, Callable[[Path], Content]]  # file → its content, made from the checkpoint's folder
@@ -56,6 +56,9 @@ class Saver:
         self._retention = Retention(checkpoints, keep_last, files)
         self._last, self._free_memory = last, free_memory
         self._memory = HostMemory()
+        self._copied = threading.Event()
+        self._copied.set()
+        self._held_s = 0.0
         self._thread: threading.Thread | None = None
         self._done: list[Saved] = []
         self._error: SaveError | None = None
@@ -64,32 +67,30 @@ class Saver:
     def save(self, step: int, contents: Contents, exports: Exports | None = None, *, wait: bool = False) -> None:
         """Begin a save; an earlier one is finished first. Its outcome comes from `outcomes`.
 
-        When this returns, training may change the tensors: they are on the disk, or copied to the host's memory where
-        they fit. `wait`: nothing is left to train meanwhile, so that a copy would only cost memory.
+        `settle` is to be called before the tensors change: they are on the disk then, or copied to the host's memory
+        where they fit. `wait`: nothing is left to train meanwhile, so that a copy would only cost memory.
         """
         began = time.perf_counter()
         self.join()
         in_background = self._background and not wait
         short_of = self._short_of(contents) if in_background else ""
         if not in_background or short_of:
-            self._run(Saved(step, warnings=(short_of,) if short_of else ()), contents, exports or {}, began)
+            self._run(Saved(step, warnings=(short_of,) if short_of else ()), lambda: contents, exports or {}, began)
             return
-        contents = self._snapshot(contents)
-        saved = Saved(step, background=True, held_s=time.perf_counter() - began)
-        arguments = (saved, contents, exports or {}, began)
+        ready = finished()
+        copy = lambda: {**contents, **self._memory.copy(_tensors(contents), ready)}  # noqa: E731
+        arguments = (Saved(step, background=True), copy, exports or {}, began)
+        self._copied.clear()
+        self._held_s = time.perf_counter() - began
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save step {step}")
         self._thread.start()
 
-    def _snapshot(self, contents: Contents) -> Contents:
-        snapshot = Snapshot(self._memory)
-        copied = {
-            name: content.of({key: snapshot.of(tensor) for key, tensor in content.tensors.items()})
-            if isinstance(content, Tensors)
-            else content
-            for name, content in contents.items()
-        }
-        snapshot.wait()
-        return copied
+    def settle(self) -> None:
+        """Wait until what is being saved may change: before an optimizer's step, or averaged weights in its place."""
+        if not self._copied.is_set():
+            began = time.perf_counter()
+            self._copied.wait()
+            self._held_s += time.perf_counter() - began
 
     def join(self) -> None:
         """Wait for the save under way: before a roll-back, and before the end."""
@@ -112,13 +113,17 @@ class Saver:
         if self.failures:
             raise SaveError(f"the last {self.failures} saves failed: {self._error}")
 
-    def _run(self, saved: Saved, contents: Contents, exports: Exports, began: float) -> None:
+    def _run(self, saved: Saved, gather: Callable[[], Contents], exports: Exports, began: float) -> None:
         try:
+            try:
+                contents = gather()
+            finally:
+                self._copied.set()
             saved = self._write(saved, contents, exports)
         except BaseException as error:
             self._bug = error
         seconds = time.perf_counter() - began
-        self._done.append(replace(saved, seconds=seconds, held_s=saved.held_s if saved.background else seconds))
+        self._done.append(replace(saved, seconds=seconds, held_s=self._held_s if saved.background else seconds))
 
     def _write(self, saved: Saved, contents: Contents, exports: Exports) -> Saved:
         try:
@@ -169,8 +174,7 @@ class Saver:
         return result
 
     def _short_of(self, contents: Contents) -> str:
-        tensors = [t for c in contents.values() if isinstance(c, Tensors) for t in c.tensors.values()]
-        needed = self._memory.missing({identity(tensor): tensor.nbytes for tensor in tensors}.values())
+        needed = self._memory.missing(_tensors(contents))
         free = self._free_memory() - SPARE
         if needed == 0 or needed <= free:
             return ""
@@ -178,3 +182,7 @@ class Saver:
             f"a background save would need {needed / 1e9:.1f} GB more memory and {max(free, 0) / 1e9:.1f} GB are free: "
             "training waits for this save"
         )
+
+
+def _tensors(contents: Contents) -> dict[str, Tensors]:
+    return {name: content for name, content in contents.items() if isinstance(content, Tensors)}

@@ -1,75 +1,135 @@
-"""Copies of tensors in the host's memory, taken between two updates and written while training goes on."""
+"""Copies of tensors in the host's memory, taken beside the next forward and backward, written while training goes on.
+
+What is saved does not change before the next optimizer step, so the copying has that long: CheckFreq (Mohan et al.
+2021, FAST '21) found it so. Each file's copy lies as the file will, so that writing it touches no single tensor.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from everydream.training.tensorfile import identity
+from everydream.training.storage import Output
+from everydream.training.tensorfile import Tensors, as_bytes
 
-# The system gives memory page by page as it is first touched, which takes longer than the copy; and pinned memory,
-# which copies from a card need to run at the bus's speed, is slower still to get. So it is kept from save to save.
-# Torch rounds pinned blocks up to a power of two: pieces of one waste nothing.
+# Torch rounds pinned memory, which copies from a card need to run at the bus's speed, up to a power of two: pieces
+# of one waste little.
 PIECE = 128 << 20  # bytes
-ALIGNMENT = 64
+
+Layout = Sequence[tuple[torch.dtype, torch.Size]]
+
+
+@dataclass(frozen=True)
+class Laid:
+    """A safetensors file that only has to be written down."""
+
+    header: bytes
+    pieces: Sequence[Tensor]
+
+    def write(self, out: Output) -> None:
+        out.write(self.header)
+        for piece in self.pieces:
+            out.write(as_bytes(piece))
+
+
+class Room:
+    """Memory for tensors of a layout, one after the other without gaps. `places`: where each goes."""
+
+    def __init__(self, layout: Layout, *, pinned: bool) -> None:
+        self.layout = layout
+        self.pieces: list[Tensor] = []
+        self.places: list[Tensor] = []
+        for run in _runs(layout):
+            piece = torch.empty(sum(map(_bytes, run)), dtype=torch.uint8, pin_memory=pinned)
+            ends = 0
+            for dtype, shape in run:
+                begin, ends = ends, ends + _bytes((dtype, shape))
+                self.places.append(piece[begin:ends].view(dtype).view(shape))
+            self.pieces.append(piece)
 
 
 class HostMemory:
-    """Memory for one snapshot at a time."""
+    """Room for the files of one save. It is kept for the next: the system gives memory page by page as it is first
+    touched, which takes longer than the copy, and pinned memory is slower still to get."""
 
     def __init__(self) -> None:
-        self._pieces: list[Tensor] = []
-        self._piece = self._used = 0
+        self._rooms: dict[str, Room] = {}
 
-    def rewind(self) -> None:
-        """What was handed out is given back: the next snapshot goes over it."""
-        self._piece = self._used = 0
+    def missing(self, files: Mapping[str, Tensors]) -> int:
+        """Bytes that copying these files' tensors would have to get from the system."""
+        return sum(
+            sum(map(_bytes, layout))
+            for name, layout in ((name, _layout(file, file.order())) for name, file in files.items())
+            if not self._has(name, layout)
+        )
 
-    def missing(self, sizes: Iterable[int]) -> int:
-        """Bytes that a snapshot of tensors of these sizes would have to get from the system."""
-        pieces, used = [piece.numel() for piece in self._pieces], 0
-        place = new = 0
-        for size in sizes:
-            while place < len(pieces) and used + size > pieces[place]:
-                place, used = place + 1, 0
-            if place == len(pieces):
-                pieces.append(max(PIECE, size))
-                new += pieces[-1]
-            used += -(-size // ALIGNMENT) * ALIGNMENT
-        return new
+    def copy(self, files: Mapping[str, Tensors], ready: torch.cuda.Event | None = None) -> dict[str, Laid]:
+        """The files, as their tensors are now. `ready`: when a card has computed them. What an earlier call gave is
+        written over."""
+        laid, pairs = {}, list[tuple[Tensor, Tensor]]()
+        for name, file in files.items():
+            order = file.order()
+            layout = _layout(file, order)
+            if not self._has(name, layout):
+                self._rooms.pop(name, None)
+                self._rooms[name] = Room(layout, pinned=any(t.is_cuda for t in file.tensors.values()))
+            room = self._rooms[name]
+            pairs += [(place, t.detach()) for place, (_, t) in zip(room.places, order, strict=True)]
+            laid[name] = Laid(file.header(order), room.pieces)
+        _copy(pairs, ready)
+        return laid
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """An uninitialised host tensor of this shape and type."""
-        size = tensor.nbytes
-        while self._piece < len(self._pieces) and self._used + size > self._pieces[self._piece].numel():
-            self._piece, self._used = self._piece + 1, 0
-        if self._piece == len(self._pieces):
-            self._pieces.append(torch.empty(max(PIECE, size), dtype=torch.uint8, pin_memory=tensor.is_cuda))
-        place = self._pieces[self._piece][self._used : self._used + size]
-        self._used += -(-size // ALIGNMENT) * ALIGNMENT
-        return place.view(tensor.dtype).view(tensor.shape)
+    def _has(self, name: str, layout: Layout) -> bool:
+        return name in self._rooms and self._rooms[name].layout == layout
 
 
-class Snapshot:
-    """Copies; a tensor seen twice is copied once. Those from a card are queued, and there after `wait`."""
+def finished() -> torch.cuda.Event | None:
+    """The moment when the card has done what it was given so far; None without a card."""
+    if not torch.cuda.is_available():
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
-    def __init__(self, memory: HostMemory) -> None:
-        self._memory = memory
-        self._memory.rewind()
-        self._copies: dict[tuple[object, ...], Tensor] = {}
-        self._originals: list[Tensor] = []  # kept alive: a freed tensor's address may come again
 
-    def of(self, tensor: Tensor) -> Tensor:
-        key = identity(tensor)
-        if key not in self._copies:
-            tensor = tensor.detach()
-            self._originals.append(tensor)
-            self._copies[key] = self._memory.like(tensor).copy_(tensor, non_blocking=tensor.is_cuda)
-        return self._copies[key]
+@torch.no_grad()
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]], ready: torch.cuda.Event | None) -> None:
+    here = [pair for pair in pairs if not pair[1].is_cuda]
+    if here:  # one call, for each call would wait for its turn beside the training's
+        torch._foreach_copy_([place for place, _ in here], [tensor for _, tensor in here])
+    devices = {tensor.device for _, tensor in pairs if tensor.is_cuda}
+    for device in devices:
+        stream = torch.cuda.Stream(device)  # beside what the card computes
+        if ready is not None:
+            stream.wait_event(ready)
+        with torch.cuda.stream(stream):
+            for place, tensor in pairs:
+                if tensor.device == device:
+                    place.copy_(tensor, non_blocking=True)
+        stream.synchronize()
 
-    def wait(self) -> None:
-        if any(tensor.is_cuda for tensor in self._originals):
-            torch.cuda.synchronize()
-        self._originals.clear()
+
+def _layout(file: Tensors, order: Sequence[tuple[str, Tensor]]) -> Layout:
+    return [(file.dtype_of(tensor), tensor.shape) for _, tensor in order]
+
+
+def _bytes(entry: tuple[torch.dtype, torch.Size]) -> int:
+    dtype, shape = entry
+    return math.prod(shape) * dtype.itemsize
+
+
+def _runs(layout: Layout) -> Iterator[Layout]:
+    """Pieces of at most PIECE bytes, cut between tensors."""
+    run, size = list[tuple[torch.dtype, torch.Size]](), 0
+    for entry in layout:
+        if run and size + _bytes(entry) > PIECE:
+            yield run
+            run, size = [], 0
+        run.append(entry)
+        size += _bytes(entry)
+    if run:
+        yield run

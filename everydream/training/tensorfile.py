@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -50,30 +50,30 @@ class Tensors:
     dtype: torch.dtype | None = None
 
     def write(self, out: Output) -> None:
-        # Wide types first, as the library does: then every tensor starts at a multiple of its own width.
-        order = sorted(self.tensors.items(), key=lambda item: (-self._dtype(item[1]).itemsize, item[0]))
-        out.write(self._header(order))
+        order = self.order()
+        out.write(self.header(order))
         for _, tensor in order:
-            out.write(as_bytes(tensor.detach().to("cpu", self._dtype(tensor))))
+            out.write(as_bytes(tensor.detach().to("cpu", self.dtype_of(tensor))))
 
-    def _dtype(self, tensor: Tensor) -> torch.dtype:
+    def order(self) -> list[tuple[str, Tensor]]:
+        """As they stand in the file: wide types first, then every tensor starts at a multiple of its own width."""
+        return sorted(self.tensors.items(), key=lambda item: (-self.dtype_of(item[1]).itemsize, item[0]))
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
         return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
 
-    def _header(self, order: list[tuple[str, Tensor]]) -> bytes:
+    def header(self, order: Sequence[tuple[str, Tensor]]) -> bytes:
+        """All that comes before the tensors' bytes. `order`: this file's, which takes some time to find."""
         header: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
         start = 0
         for name, tensor in order:
-            dtype = self._dtype(tensor)
+            dtype = self.dtype_of(tensor)
             end = start + tensor.numel() * dtype.itemsize
             header[name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
-
-    def of(self, copies: Mapping[str, Tensor]) -> Tensors:
-        """The same file from other tensors of the same names."""
-        return replace(self, tensors=copies)
 
 
 def identity(tensor: Tensor) -> tuple[object, ...]:

@@ -83,7 +83,7 @@ class Trainer:
     _images_at_report: int = 0
 
     def __post_init__(self) -> None:
-        self.update.flags = self._flags
+        self.update.flags, self.update.settle = self._flags, self.saver.settle
         self._images_at_report = self.state.images_seen
 
     # A turn
@@ -142,10 +142,14 @@ class Trainer:
                 optimizers = self.bag.capture()  # with the training weights, before averaged ones take their place
                 with averaged(self.parts):
                     self.saver.save(step, *self.bag.contents(optimizers), wait=is_last)
+                    if any(part.has_train_eval for part in self.parts.values()):
+                        self.saver.settle()
         if is_last:
             on_main(self.ranks, self.saver.require)
         self._report_saves()
-        self.plugins.after_save(self)
+        if self.plugins.has("after_save"):
+            self.saver.settle()  # a plugin may change what it likes
+            self.plugins.after_save(self)
 
     def is_over(self) -> bool:
         return bool(self.stop_signal or self._stop_reason) or self.state.step >= self.clock.total_steps
@@ -262,6 +266,7 @@ class Trainer:
     @contextlib.contextmanager
     def evaluating(self, what: str) -> Iterator[None]:
         """EMA's or averaged weights in place, layers in eval mode; exactly the training weights afterwards."""
+        self.saver.settle()
         with averaged(self.parts), self.ema.applied() if what in self.ema_use else contextlib.nullcontext():
             self.denoiser.eval()
             try:

@@ -57,7 +57,8 @@ class Verdict:
 
 
 class Update:
-    """`flags()` gives rank 0's (save is due, failed saves in a row): they travel with the one host read."""
+    """`flags()` gives rank 0's (save is due, failed saves in a row): they travel with the one host read. `settle()` is
+    called before weights and optimizer state change: a save may still be copying them."""
 
     def __init__(
         self,
@@ -88,6 +89,7 @@ class Update:
         self.prior_loss_weight = prior_loss_weight
         self.schedule, self.profile = schedule, profile
         self.flags: Callable[[], tuple[bool, int]] = lambda: (False, 0)
+        self.settle: Callable[[], None] = lambda: None
         self.data_wait_s = 0.0
         self._seen: list[tuple[Batch, torch.Tensor]] = []
         self._sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
@@ -180,6 +182,8 @@ class Update:
 
     def apply(self, verdict: Verdict) -> None:
         """Clip by the norm over all trained parameters, and step. Only called with finite gradients."""
+        with self.profile("save"):
+            self.settle()
         with self.profile("optimizer"):
             self._apply(verdict)
 
@@ -240,6 +244,7 @@ class FusedUpdate(Update):
         self.fused.begin()
 
     def backward(self, loss: torch.Tensor) -> None:
+        self.settle()
         if math.isfinite(loss.item()):
             super().backward(loss)
 

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from everydream.errors import SaveError
-from everydream.training import checkpoint, hostmemory
+from everydream.training import checkpoint, hostmemory, snapshot
 from everydream.training.saver import FAILURES, SPARE, Saved, Saver
-from everydream.training.snapshot import PIECE
 from everydream.training.storage import Bytes, Copy, Files
 from everydream.training.tensorfile import Tensors, read_tensors
 
@@ -58,6 +57,7 @@ def test_training_goes_on_while_the_disk_works(tmp_path: Path) -> None:
     saver = saver_of(tmp_path, files=disk)
     weight = torch.ones(100)
     saver.save(1, {"w.safetensors": Tensors({"w": weight})})  # returns: the disk has not moved yet
+    saver.settle()
     weight.fill_(2)
     assert saver.outcomes() == [] and not list(tmp_path.glob("step-*"))
     disk.go.set()
@@ -65,6 +65,39 @@ def test_training_goes_on_while_the_disk_works(tmp_path: Path) -> None:
     [saved] = saver.outcomes()
     assert saved.background and saved.error is None and saved.path is not None
     assert torch.equal(read_tensors(saved.path / "w.safetensors")["w"], torch.ones(100))
+
+
+def test_training_may_change_its_tensors_only_after_they_are_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, copy = threading.Event(), snapshot._copy
+
+    def slow(*arguments: Any) -> None:
+        assert go.wait(30)
+        copy(*arguments)
+
+    monkeypatch.setattr(snapshot, "_copy", slow)
+    saver = saver_of(tmp_path)
+    saver.save(1, weights(1))  # returns: the next forward and backward change nothing that is saved
+    threading.Timer(0.1, go.set).start()
+    saver.settle()
+    assert go.is_set()
+    saver.require()
+    [saved] = saver.outcomes()
+    assert 0.05 < saved.held_s < saved.seconds
+
+
+def test_an_error_in_copying_lets_training_go_on_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(snapshot, "_copy", broken)
+    saver = saver_of(tmp_path)
+    saver.save(1, weights(1))
+    saver.settle()
+    with pytest.raises(MemoryError, match="no more"):
+        saver.require()
+    assert not os.listdir(tmp_path)
 
 
 def test_at_most_one_save_is_under_way(tmp_path: Path) -> None:
@@ -93,9 +126,12 @@ def test_the_last_save_is_waited_for_and_copies_nothing(tmp_path: Path) -> None:
 
 
 def test_without_memory_for_a_snapshot_training_waits_and_it_is_said(tmp_path: Path) -> None:
-    shared = torch.zeros(PIECE // 4)  # seen under two names it is needed once
-    contents = {"a.safetensors": Tensors({"x": shared}), "b.safetensors": Tensors({"y": shared})}
-    for free, background in ((PIECE, True), (PIECE - 1, False)):
+    size = 100 << 20
+    contents = {
+        "a.safetensors": Tensors({"x": torch.zeros(size // 8)}),
+        "b.safetensors": Tensors({"y": torch.zeros(size // 8)}),
+    }
+    for free, background in ((size, True), (size - 1, False)):
         saver = saver_of(tmp_path / str(free), free_memory=lambda free=free: free + SPARE)
         saver.save(1, contents)
         saver.join()

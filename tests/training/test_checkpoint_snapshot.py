@@ -1,56 +1,76 @@
-"""A snapshot is exact, does not change with training, holds shared memory once, and uses its own memory again."""
+"""A copy is the file that its tensors would have made, does not change with training, and uses its memory again."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
-from everydream.training.snapshot import PIECE, HostMemory, Snapshot
-from everydream.training.tensorfile import DTYPES, as_bytes
+from everydream.training import snapshot
+from everydream.training.snapshot import HostMemory, finished
+from everydream.training.storage import DISK, Content, write_file
+from everydream.training.tensorfile import DTYPES, Tensors
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def some_tensors(device: str) -> list[torch.Tensor]:
-    odd = [torch.randint(0, 2, (3, 5)).to(device=device, dtype=dtype) for dtype in DTYPES]
-    return [
-        *odd,
-        torch.zeros(0, 3, device=device),
-        torch.tensor(0.5, device=device),
-        torch.rand(4, 6, device=device).t(),
-    ]
+def some_tensors(device: str) -> dict[str, torch.Tensor]:
+    odd = {str(dtype): torch.randint(0, 2, (3, 5)).to(device=device, dtype=dtype) for dtype in DTYPES}
+    return {
+        **odd,
+        "empty": torch.zeros(0, 3, device=device),
+        "scalar": torch.tensor(0.5, device=device),
+        "on the host": torch.tensor(7.0),
+        "trained": torch.rand(5, device=device, requires_grad=True),
+        "transposed": torch.rand(4, 6, device=device).t(),
+        "a slice": torch.rand(9, 9, device=device)[2:, ::3],
+    }
+
+
+def written(path: Path, content: Content) -> bytes:
+    path.unlink(missing_ok=True)
+    write_file(DISK, path, content)
+    return path.read_bytes()
 
 
 @devices
-def test_copies_are_exact_and_lie_apart(device: str) -> None:
-    tensors, snapshot = some_tensors(device), Snapshot(HostMemory())
-    copies = [snapshot.of(tensor) for tensor in tensors]
-    snapshot.wait()
-    for copy, tensor in zip(copies, tensors, strict=True):
-        assert (copy.dtype, copy.shape, copy.device.type) == (tensor.dtype, tensor.shape, "cpu")
-        assert as_bytes(copy) == as_bytes(tensor.cpu())
-        assert copy.numel() == 0 or copy.is_pinned() == (device == "cuda")
+@pytest.mark.parametrize("piece", [64, snapshot.PIECE])
+def test_the_copy_is_the_file_byte_by_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, piece: int
+) -> None:
+    monkeypatch.setattr(snapshot, "PIECE", piece)
+    files = {"a": Tensors(some_tensors(device)), "b": Tensors({"w": torch.rand(100, device=device)}, {"format": "np"})}
+    laid = HostMemory().copy(files, finished())
+    for name, file in files.items():
+        assert written(tmp_path / name, laid[name]) == written(tmp_path / "plain", file)
+        assert all(piece.is_pinned() == (device == "cuda") for piece in laid[name].pieces)
 
 
-def test_training_does_not_reach_the_copies_and_shared_memory_is_copied_once() -> None:
-    weight = torch.arange(4.0, requires_grad=True)
-    snapshot = Snapshot(HostMemory())
-    first, second, view = snapshot.of(weight), snapshot.of(weight), snapshot.of(weight[:2])
-    snapshot.wait()
-    with torch.no_grad():
-        weight.zero_()
-    assert first is second and view is not first
-    assert first.tolist() == [0, 1, 2, 3] and view.tolist() == [0, 1]
+def test_training_does_not_reach_the_copy(tmp_path: Path) -> None:
+    weight = torch.rand(4)
+    laid = HostMemory().copy({"a": Tensors({"w": weight})})
+    expected = written(tmp_path / "a", Tensors({"w": weight.clone()}))
+    weight.zero_()
+    assert written(tmp_path / "a", laid["a"]) == expected
 
 
-def test_the_next_snapshot_takes_the_same_memory() -> None:
-    memory, tensors = HostMemory(), [torch.rand(1000), torch.rand(PIECE // 4 + 1), torch.rand(10)]
-    sizes = [tensor.nbytes for tensor in tensors]
-    assert memory.missing(sizes) == PIECE + sizes[1] + PIECE
+def test_the_next_copy_takes_the_same_memory_and_another_layout_its_own(tmp_path: Path) -> None:
+    memory = HostMemory()
+    files = {"a": Tensors({"w": torch.rand(1000), "v": torch.rand(3, 3)}), "b": Tensors({"w": torch.rand(10)})}
+    assert memory.missing(files) == 4 * 1009 + 40
     places = []
     for _ in range(2):
-        snapshot = Snapshot(memory)
-        places.append([snapshot.of(tensor).data_ptr() for tensor in tensors])
-        snapshot.wait()
+        laid = memory.copy(files)
+        places.append([piece.data_ptr() for name in files for piece in laid[name].pieces])
+        files = {
+            name: Tensors({key: tensor + 1 for key, tensor in file.tensors.items()}) for name, file in files.items()
+        }
+        assert memory.missing(files) == 0
     assert places[0] == places[1]
-    assert memory.missing(sizes) == 0 and memory.missing([*sizes, PIECE]) == PIECE
+    larger = {**files, "b": Tensors({"w": torch.rand(11)})}
+    assert memory.missing(larger) == 44
+    assert written(tmp_path / "a", memory.copy(larger)["b"]) == written(tmp_path / "a", larger["b"])
+    renamed = {"b": Tensors({"x": torch.rand(11)})}  # the names are not in the memory
+    assert memory.missing(renamed) == 0
+    assert written(tmp_path / "a", memory.copy(renamed)["b"]) == written(tmp_path / "a", renamed["b"])

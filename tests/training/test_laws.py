@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from PIL import Image
 
 from everydream.optim.table import ROWS
+from everydream.training import snapshot
 from tests.tiny import make_pictures
 from tests.training.runs import assert_same_tensors, lines, metrics, only_run, options, start, tensors
+
+if TYPE_CHECKING:
+    from everydream.training.turns import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +154,41 @@ def test_fused_backward_gives_the_same_weights(tiny_model: Path, pictures: Path,
     assert start(*plain) == start(*fused) == 0
     name = "checkpoints/step-0000000003"
     assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "fused") / name))
+
+
+@pytest.mark.parametrize("settings", [
+    {"optimizer": "adamw"}, {"optimizer": "adamw", "fused_backward": True}, {"optimizer": "schedulefree_adamw"},
+    {"optimizer": "adamw", "plugins": "tests.training.test_laws.Eraser"},
+], ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
+def test_however_slowly_a_save_is_copied_it_holds_the_weights_of_its_step(
+    settings: dict[str, Any], tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = snapshot._copy
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.3)  # many steps
+        copy(*arguments)
+
+    monkeypatch.setattr(snapshot, "_copy", slow)
+    optimizer = tmp_path / "optimizer.json"
+    optimizer.write_text(f'{{"optimizer": "{settings["optimizer"]}"}}')
+    others = {key: value for key, value in settings.items() if key != "optimizer"}
+    for way in (True, False):
+        words = options(tiny_model, pictures, tmp_path / str(way), optimizer_config=optimizer, ema_decay_rate=0.9,
+                        max_steps=3, save_every_n_steps=1, background_save=way, **others)  # fmt: skip
+        assert start(*words) == 0
+    for step in (1, 2):
+        name = f"checkpoints/step-{step:010d}"
+        assert_same_tensors(tensors(only_run(tmp_path / "True") / name), tensors(only_run(tmp_path / "False") / name))
+
+
+class Eraser:
+    """A plugin that changes weights as soon as it may."""
+
+    def after_save(self, trainer: Trainer) -> None:
+        with torch.no_grad():
+            for parameter in trainer.denoiser.parameters():
+                parameter.mul_(0.5)
 
 
 def test_a_drawn_seed_is_kept_by_a_resume(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
