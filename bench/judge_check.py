@@ -26,7 +26,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from bench import quality
+import quality
 from examples.demo.making import classifier, creature, world
 
 

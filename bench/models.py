@@ -43,7 +43,7 @@ def _make(target, resolution, channels, width, heads, layers, vae_channels) -> N
         norm_num_groups=16 if channels[0] % 32 else 32,
         use_linear_projection=not isinstance(heads, int),
     )
-    unet.save_pretrained(target / "unet")
+    unet.save_pretrained(target / "unet")  # type: ignore[attr-defined]
     vae = AutoencoderKL(
         block_out_channels=vae_channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -54,7 +54,7 @@ def _make(target, resolution, channels, width, heads, layers, vae_channels) -> N
         sample_size=resolution,
         scaling_factor=0.18215,
     )
-    vae.save_pretrained(target / "vae")
+    vae.save_pretrained(target / "vae")  # type: ignore[attr-defined]
     shutil.copytree(DEMO / "tokenizer", target / "tokenizer")
     shutil.copytree(DEMO / "scheduler", target / "scheduler")
     vocabulary = len(json.loads((target / "tokenizer" / "vocab.json").read_text()))

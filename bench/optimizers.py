@@ -71,7 +71,7 @@ def shapes_of(size: str) -> list[tuple[int, ...]]:
         unet = UNet2DConditionModel(
             block_out_channels=channels, cross_attention_dim=width, norm_num_groups=math.gcd(channels[0], 32)
         )
-    return [tuple(p.shape) for p in unet.parameters()]
+    return [tuple(p.shape) for p in unet.parameters()]  # type: ignore[attr-defined]
 
 
 def takes(name: str, path: str, device: str) -> bool:

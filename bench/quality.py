@@ -109,7 +109,7 @@ def sample(
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         generators = [torch.Generator().manual_seed(options.seed * 10**6 + start + k) for k in range(len(part))]
-        out = pipe(
+        out = pipe(  # type: ignore[operator]
             part,
             height=64,
             width=64,

@@ -9,6 +9,7 @@ In the same turns, "loader" is the trainer's own iterator of batches, from warm 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,12 +63,8 @@ def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) ->
     """One row for each process count: the bare loop and the trainer in turns."""
     from models import model_of
 
-    from tests.tiny import make_pictures
-
     model, resolution = model_of(size, folder)
-    pictures = folder / f"pictures-{resolution}"
-    if not pictures.is_dir():
-        make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
+    pictures = pictures_of(folder, resolution)
     found: dict[str, list[dict[str, float]]] = {"bare": [], "loader": [], **{f"{n}": [] for n in options.processes}}
     for number in range(options.rounds):
         found["bare"].append(child(["--bare", str(model), str(resolution), str(batch), str(options.steps)]))
@@ -101,6 +100,16 @@ def measure(size: str, batch: int, options: argparse.Namespace, folder: Path) ->
             }
         )
     return rows
+
+
+def pictures_of(folder: Path, resolution: int) -> Path:
+    """A folder of captioned pictures, made once."""
+    from tests.tiny import make_pictures
+
+    pictures = folder / f"pictures-{resolution}"
+    if not pictures.is_dir():
+        make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
+    return pictures
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
@@ -182,7 +191,12 @@ def loader(argv: list[str]) -> dict[str, float]:
     return {"batches_per_s": count / seconds}
 
 
-def words(model: Path, pictures: Path, logs: Path, batch: int, steps: int) -> list[str]:
+def words(
+    model: Path, pictures: Path, logs: Path, batch: int, steps: int, changes: Mapping[str, Any] = MappingProxyType({})
+) -> list[str]:
+    """The trainer's command line. `changes`: settings that are to be otherwise."""
+    optimizer = logs.parent / "adamw.json"
+    optimizer.write_text('{"optimizer": "adamw", "lr": 1e-6}')
     settings = {
         "base_model": model,
         "data_root": pictures,
@@ -198,19 +212,29 @@ def words(model: Path, pictures: Path, logs: Path, batch: int, steps: int) -> li
         "save_single_file": "false",
         "tensorboard": "false",
         "quiet": "true",
+        "optimizer_config": optimizer,
+        **changes,
     }
-    optimizer = logs.parent / "adamw.json"
-    optimizer.write_text('{"optimizer": "adamw", "lr": 1e-6}')
-    settings["optimizer_config"] = optimizer
     return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
 
 
-def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, processes: int) -> dict[str, float]:
+def trainer(
+    model: Path,
+    pictures: Path,
+    logs: Path,
+    batch: int,
+    steps: int,
+    processes: int,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, float]:
+    """`changes`: settings, `variables`: of the environment, that are to be otherwise."""
     launcher = ["--num_processes", "1"] if processes == 1 else ["--multi_gpu", "--num_processes", str(processes)]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", *launcher]
+    script = str(ROOT / "scripts" / "train.py")
     started = subprocess.Popen(
-        [*command, str(ROOT / "scripts" / "train.py"), *words(model, pictures, logs, batch, steps + 2 * LOG_STEP)],
-        env=environment(),
+        [*command, script, *words(model, pictures, logs, batch, steps + 2 * LOG_STEP, changes)],
+        env={**environment(), **variables},
         stderr=subprocess.PIPE,
     )
     assert started.stderr is not None
@@ -219,11 +243,16 @@ def trainer(model: Path, pictures: Path, logs: Path, batch: int, steps: int, pro
     if status:
         raise SystemExit(f"the trainer failed: {said.decode()}")
     (metrics,) = logs.glob("*/metrics.jsonl")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()][1:-1]  # not the first, nor the save's
-    seconds = sum(LOG_STEP * batch * processes / line["images_per_s"] for line in lines)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    timed = [  # neither the first steps, nor the save's
+        (line["step"] - before["step"], line)
+        for before, line in itertools.pairwise(lines)
+        if before["step"] >= LOG_STEP and line["step"] <= steps + LOG_STEP
+    ]
+    seconds = sum(count * batch * processes / line["images_per_s"] for count, line in timed)
     return {
-        "steps_per_s": LOG_STEP * len(lines) / seconds,
-        "data_wait_share": sum(line["data_wait_s"] for line in lines) / seconds,
+        "steps_per_s": sum(count for count, _ in timed) / seconds,
+        "data_wait_share": sum(line["data_wait_s"] for _, line in timed) / seconds,
         "peak_bytes": 1024.0 * usage.ru_maxrss,
     }
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from everydream.data.summary import bucket_lines
-from everydream.optim.groups import Group, table_lines
-from everydream.optim.table import row_of
+from everydream.optim.groups import table_lines
+from everydream.optim.memory import state_bytes
 
 if TYPE_CHECKING:
     from everydream.training.prepare import Prepared
 
 BYTES = {"float32": 4, "bfloat16": 2}
-BLOCK = 256  # bitsandbytes: one float32 scale for so many 8-bit values
 SHOWN_STEPS = 8
 
 
@@ -79,35 +78,32 @@ def _listed(steps: Iterable[int]) -> str:
 
 def _memory(prepared: Prepared) -> Iterator[str]:
     """Weights, gradients and state are counted; activations are a rough estimate from measurements."""
-    settings = prepared.settings
-    width = BYTES[settings.weights_dtype]
-    total = 0
-    for part, groups in prepared.groups.items():
-        weights = sum(math.prod(shape) for shape in prepared.facts.shapes[part].values())
-        trained = sum(group.parameters for group in groups)
-        state = state_bytes(prepared.resolved.optimizers[part].optimizer, groups)
-        average = 4 * trained if settings.ema_decay_rate else 0
-        gradients = 0 if settings.fused_backward else width * trained
-        rows = {"weights": width * weights, "gradients": gradients, "optimizer state": state, "average": average}
-        total += sum(rows.values())
-        yield f"{part}: " + ", ".join(f"{name} {size(count)}" for name, count in rows.items() if count)
+    parts, total = counted_bytes(prepared), 0
+    for part, rows in parts.items():
+        known = {name: count for name, count in rows.items() if count is not None}
+        total += sum(known.values())
+        told = [f"{name} {size(count)}" for name, count in known.items() if count]
+        yield f"{part}: " + ", ".join(told + [f"{name} unknown" for name in rows.keys() - known.keys()])
     yield f"together: {size(total)}, and activations of some {size(activation_bytes(prepared))} (an estimate)"
 
 
-def state_bytes(optimizer: str, groups: Sequence[Group]) -> int:
-    """Of the optimizer's state for these groups."""
-    row = row_of(optimizer)
-    assert row is not None
-    total = 0.0
-    for shape in (shape for group in groups for shape in group.shapes):
-        count = math.prod(shape)
-        small = row.state_bits == 8 and count < 4096  # bitsandbytes keeps these in float32
-        each = 4.0 if row.state_bits == 32 or small else 1.0 + 4 / BLOCK
-        if row.moments:
-            total += row.moments * each * count
-        elif row.name == "adafactor":
-            total += 4 * (sum(shape[-2:]) * math.prod(shape[:-2]) if len(shape) > 1 else count)
-    return int(total)
+def counted_bytes(prepared: Prepared) -> dict[str, dict[str, int | None]]:
+    """Part → what → bytes; None for the state of a class that is not in the table."""
+    settings = prepared.settings
+    width = BYTES[settings.weights_dtype]
+    result = {}
+    for part, groups in prepared.groups.items():
+        weights = sum(math.prod(shape) for shape in prepared.facts.shapes[part].values())
+        trained = sum(group.parameters for group in groups)
+        optimizer = prepared.resolved.optimizers[part]
+        shapes = [shape for group in groups for shape in group.shapes]
+        result[part] = {
+            "weights": width * weights,
+            "gradients": 0 if settings.fused_backward else width * trained,
+            "optimizer state": state_bytes(optimizer.optimizer, shapes, optimizer.args),
+            "average": 4 * trained if settings.ema_decay_rate else 0,
+        }
+    return result
 
 
 def activation_bytes(prepared: Prepared) -> int:

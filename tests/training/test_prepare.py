@@ -10,7 +10,7 @@ from everydream.errors import ConfigError
 from everydream.runtime import asked_processes, refuse_lone_process
 from everydream.training.prepare import accumulation
 from tests.tiny import make_pictures
-from tests.training.runs import options, start
+from tests.training.runs import lines, only_run, options, start, tensors
 
 
 def everything_in(folder: Path) -> set[str]:
@@ -34,8 +34,6 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(
 def test_the_dry_run_counts_what_training_uses(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.training.runs import lines, only_run
-
     make_pictures(tmp_path / "pictures", 5, captions="a thing")
     words = options(tiny_model, tmp_path / "pictures", tmp_path, max_epochs=3, max_steps=None, write_schedule=True)
     assert start(*words, "--dry_run") == 0
@@ -45,6 +43,29 @@ def test_the_dry_run_counts_what_training_uses(
     assert [line["step"] for line in schedule] == list(range(1, total + 1))
     names = [name for line in schedule for name in line["samples"]]
     assert sorted(names.count(name) for name in set(names)) == [2, 3, 3, 3, 3]  # 15 draws, 14 in whole batches
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "torch.optim.RMSprop"])
+def test_the_dry_run_counts_the_state_that_a_checkpoint_then_holds(
+    optimizer: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "optimizer.json"
+    file.write_text(f'{{"optimizer": "{optimizer}"}}')
+    make_pictures(tmp_path / "pictures", 2, captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, optimizer_config=file, max_steps=1,
+                    disable_textenc_training=True)  # fmt: skip
+    assert start(*words, "--dry_run") == 0
+    said = capsys.readouterr().out.split("optimizer state ")[1].splitlines()[0]
+    if "." in optimizer:
+        assert said == "unknown"
+        return
+    assert start(*words) == 0
+    held = sum(
+        t.nbytes
+        for name, t in tensors(only_run(tmp_path) / "checkpoints" / "step-0000000001").items()
+        if name.startswith("optimizer") and t.dim()
+    )
+    assert float(said.split()[0]) == pytest.approx(held / {"KB": 1e3, "MB": 1e6}[said.split()[1]], rel=1e-3)
 
 
 @pytest.mark.parametrize(
