@@ -22,11 +22,11 @@ from everydream.training.quiet import quiet_bars, quiet_libraries
 
 quiet_libraries()
 
+import quality
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-import quality
 from examples.demo.making import classifier, creature, world
 
 

@@ -175,9 +175,14 @@ class Build:
             self.sets["class"] = prepared.picture_set("class", samples)
 
     def trainer(self) -> Trainer:
-        prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
         self.load()
+        self._begin()
+        self._make_state()
+        return self._make_trainer(self._make_update())
+
+    def _begin(self) -> None:
         # 8. The run's folder and its log: from here on things are written.
+        prepared, settings, ranks, start = self.prepared, self.settings, self.ranks, self.prepared.start
         self.state = start.state
         prepared.notes += what_differs(start, ranks.count, torch.get_num_threads())
         self.state.processes, self.state.threads = ranks.count, torch.get_num_threads()
@@ -188,51 +193,51 @@ class Build:
             with contextlib.suppress(OSError):  # what cannot be removed harms nobody
                 clean(self.exports, name=f"{settings.project_name}-step-")
         self._open_log()
+
+    def _make_state(self) -> None:
         # 9. Caches, optimizers, average; the checkpoint's state into them.
-        inputs = make_inputs(prepared, self.family, self.sets)
+        assert self.folder is not None
+        prepared, start = self.prepared, self.prepared.start
+        self.inputs = make_inputs(prepared, self.family, self.sets)
         named = {part: self.family.parameters_of(part) for part in prepared.parts}
         for part, frozen in prepared.frozen.items():
             freeze(named[part], frozen)
         self.groups = prepared.groups_of(named)
         guard([group for groups in self.groups.values() for group in groups], named)
         trained = {part: {n: p for n, p in all_.items() if p.requires_grad} for part, all_ in named.items()}
-        parts = {part: self._part(part) for part in prepared.parts}
-        optimizers = {name: part.optimizer for name, part in parts.items()}
-        ema = self._ema(trained)
-        bag = Bag(
+        self.parts = {part: self._part(part) for part in prepared.parts}
+        self.ema = self._ema(trained)
+        self.bag = Bag(
             checkpoints=self.folder / "checkpoints",
             family=self.family,
             state=self.state,
-            optimizers=optimizers,
+            optimizers={name: part.optimizer for name, part in self.parts.items()},
             trained=trained,
-            ema=ema,
+            ema=self.ema,
             fingerprints=prepared.fingerprints,
             scaler=prepared.accelerator.scaler,
             exports=self._exports,
         )
         if start.checkpoint is not None:
-            prepared.notes += bag.restore(start.checkpoint, weights=False, changed=settings.resume_changed)
+            changed = self.settings.resume_changed
+            prepared.notes += self.bag.restore(start.checkpoint, weights=False, changed=changed)
         self._say_notes()
+
+    def _make_update(self) -> Update:
         # 10. The loop.
-        denoiser = prepared.accelerator.prepare(self.family.denoiser).train()
+        assert self.folder is not None
+        prepared, settings, ranks = self.prepared, self.settings, self.ranks
         stream = feed.Stream(tuple(self.sets), prepared.accumulation, ranks.rank, ranks.count)
         items = feed.Items(stream, self.state.step, prepared.clock.total_steps)
         on_card = ranks.device.type == "cuda"
-        self.loader = Loader(
-            inputs.training, items, num_workers=inputs.worker_count(settings.num_workers, on_card), pin_memory=on_card
-        )
-        self.saver = Saver(
-            self.folder / "checkpoints",
-            background=settings.background_save,
-            keep_last=settings.keep_last,
-            last=start.checkpoint,
-        )
-        profile = make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type)
-        update = (FusedUpdate if settings.fused_backward else Update)(
+        workers = self.inputs.worker_count(settings.num_workers, on_card)
+        self.loader = Loader(self.inputs.training, items, num_workers=workers, pin_memory=on_card)
+        optimizers = {name: part.optimizer for name, part in self.parts.items()}
+        return (FusedUpdate if settings.fused_backward else Update)(
             accelerator=prepared.accelerator,
             ranks=ranks,
             stop=self.stop,
-            denoiser=denoiser,
+            denoiser=prepared.accelerator.prepare(self.family.denoiser).train(),
             family=self.family,
             objective=prepared.objective,
             optimizers=optimizers,
@@ -244,30 +249,40 @@ class Build:
             clip_norm=settings.clip_grad_norm,
             seed=settings.seed,
             schedule=Schedule(ranks) if settings.write_schedule else NoSchedule(),
-            profile=profile,
+            profile=make_profile(settings.profile_steps, self.folder, self.log, ranks.device.type),
+        )
+
+    def _make_trainer(self, update: Update) -> Trainer:
+        assert self.folder is not None
+        prepared, settings = self.prepared, self.settings
+        self.saver = Saver(
+            self.folder / "checkpoints",
+            background=settings.background_save,
+            keep_last=settings.keep_last,
+            last=prepared.start.checkpoint,
         )
         trainer = Trainer(
             state=self.state,
             clock=prepared.clock,
             class_epoch=self.sets["class"].plan.epoch_of if "class" in self.sets else lambda micro_batch: 0,
             update=update,
-            parts=parts,
-            ema=ema,
+            parts=self.parts,
+            ema=self.ema,
             ema_use=settings.ema_use,
-            ranks=ranks,
+            ranks=self.ranks,
             log=self.log,
             saver=self.saver,
-            bag=bag,
+            bag=self.bag,
             previews=self._previews(),
-            validation=make_validation(inputs, update, prepared),
+            validation=make_validation(self.inputs, update, prepared),
             plugins=prepared.plugins,
-            denoiser=denoiser,
+            denoiser=update.denoiser,
             report_due=self._due(settings.log_step),
             preview_due=self._due(settings.sample_steps, at_ends=True, last=self.state.previewed),
             validation_due=self._validation_due(),
             save_due=self._due(settings.save_every_n_steps, settings.save_every_n_epochs),
             save_every_s=settings.ckpt_every_n_minutes and settings.ckpt_every_n_minutes * 60,
-            profile=profile,
+            profile=update.profile,
         )
         self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs, memory_total())
         prepared.plugins.after_build(trainer)
