@@ -1,4 +1,4 @@
-"""Peak memory of training beside what --dry_run says: python bench/memory.py [--size demo small sd15] [--device cuda]
+"""Peak memory of training beside what --dry_run says: python bench/memory.py [--size small sd15] [--device cuda]
 
 The trainer itself, UNet only, cached latents and text, a few steps, each way in a process of its own. Measured on a
 CPU: the process's largest resident size beyond what it had with all libraries and no model; on a card: the largest
@@ -45,7 +45,7 @@ STEPS = 3
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", default=["demo", "small"], help="demo, small (55M, 256 px), sd15, sd21")
+    parser.add_argument("--size", nargs="+", default=["small"], help="demo, small (55M, 256 px), sd15, sd21")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="+", choices=list(WAYS), metavar="WAY")
     parser.add_argument("--json", type=Path)

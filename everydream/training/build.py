@@ -306,7 +306,8 @@ class Build:
             resumed_step=start.state.step if start.checkpoint else None,
         )
         kind = "start" if start.checkpoint is None else "resume"
-        self.log.event(kind, f"run folder: {self.folder}", from_step=start.state.step)
+        after = f", going on after step {start.state.step}" if start.checkpoint else ""
+        self.log.event(kind, f"run folder: {self.folder}{after}", from_step=start.state.step)
         self.log.event("plan", sections=plan_sections(self.prepared))
 
     def _part(self, name: str) -> Part:

@@ -77,8 +77,12 @@ class Saver:
         if not in_background or short_of:
             self._run(Saved(step, warnings=(short_of,) if short_of else ()), lambda: contents, exports or {}, began)
             return
-        ready = finished()
-        copy = lambda: {**contents, **self._memory.copy(_tensors(contents), ready)}  # noqa: E731
+        live, ready = [contents], finished()
+
+        def copy() -> Contents:
+            contents = live.pop()  # nobody else holds what was made for this save alone: it goes once it is copied
+            return {**contents, **self._memory.copy(_tensors(contents), ready)}
+
         arguments = (Saved(step, background=True), copy, exports or {}, began)
         self._copied.clear()
         self._held_s = time.perf_counter() - began

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,22 @@ def test_training_may_change_its_tensors_only_after_they_are_copied(
     saver.require()
     [saved] = saver.outcomes()
     assert 0.05 < saved.held_s < saved.seconds
+
+
+def test_what_was_made_for_a_save_alone_is_let_go_once_it_is_copied(tmp_path: Path) -> None:
+    disk = SlowDisk()
+    saver = saver_of(tmp_path, files=disk)
+    weight = torch.ones(100)
+    seen = weakref.ref(weight)
+    saver.save(1, {"w.safetensors": Tensors({"w": weight})})
+    del weight
+    saver.settle()
+    deadline = time.monotonic() + 30
+    while seen() is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert seen() is None and saver.outcomes() == []
+    disk.go.set()
+    saver.require()
 
 
 def test_an_error_in_copying_lets_training_go_on_and_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
