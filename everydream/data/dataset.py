@@ -1,4 +1,4 @@
-"""Draws → Batch, in data workers or in the process itself.
+"""Draws → Batch: what each picture of a micro-batch is, with all that is drawn for it.
 
 Every random choice for a picture comes from a generator of its own, keyed by (seed, purpose, epoch, identity, repeat):
 turning one augmentation on or off changes no other, and neither do workers, processes, prefetching or a resume.
@@ -6,20 +6,12 @@ turning one augmentation on or off changes no other, and neither do workers, pro
 
 from __future__ import annotations
 
-import itertools
-import os
-import signal
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from everydream.data.batch import Batch
 from everydream.data.buckets import crop_box
@@ -29,7 +21,6 @@ from everydream.data.pictures import Box, Size, quiet_pillow
 from everydream.data.plan import Draw, Plan
 from everydream.data.scan import Sample
 from everydream.draws import generator
-from everydream.errors import DataError
 
 Item = tuple[str, int | tuple[Draw, ...]]  # source name, and a micro-batch of its plan or the draws themselves
 Rng = np.random.Generator
@@ -229,135 +220,3 @@ class MicroBatches(Dataset):
 
 def _stack(arrays: Sequence[np.ndarray]) -> torch.Tensor:
     return torch.from_numpy(np.array(arrays))  # of float32 arrays alike a third of np.stack's time
-
-
-# --- loader ---
-
-
-class _Reported(Dataset):
-    """Errors of the user's data come back as values: torch would paste the worker's traceback into their message."""
-
-    def __init__(self, dataset: MicroBatches) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, item: Item) -> Batch | DataError:
-        try:
-            return self.dataset[item]
-        except DataError as error:
-            return error
-
-
-def _start_worker(worker: int) -> None:
-    # Signals are the parent's affair, also when the whole process group gets them: it finishes its update and saves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class Loader:
-    """An iterator of Batches in the order of `items`; `close()` (or leaving `with`) ends its workers at once."""
-
-    def __init__(
-        self,
-        dataset: MicroBatches,
-        items: Iterable[Item],
-        *,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        context: str | None = None,
-        prefetch: int = 4,
-    ) -> None:
-        self.num_workers = num_workers
-        self._start = partial(_from_workers, dataset, items, num_workers, pin_memory, context, prefetch)
-        if not num_workers:  # a DataLoader takes as long as a quarter of a batch from caches
-            self._start = partial(_made_here, dataset, items, pin_memory)
-        self._iterator: Iterator[Batch | DataError] | None = None
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._iterator is None:
-            self._iterator = self._start()
-        try:
-            item = next(self._iterator)
-        except (RuntimeError, EOFError, OSError) as error:
-            # torch saw that a worker is gone, or it went with a batch half on its way.
-            if not self.num_workers or (type(error) is RuntimeError and "worker" not in str(error)):
-                raise
-            self.close()
-            advice = "probably for want of memory: lower num_workers or max_image_megapixels"
-            raise DataError(f"a data worker was ended by the system, {advice}") from None
-        if isinstance(item, DataError):
-            self.close()
-            raise item
-        return item
-
-    def close(self) -> None:
-        self._iterator = iter(())  # the last reference to torch's iterator: it ends its workers
-
-    def __enter__(self) -> Loader:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-_AT_ONCE = 8  # batches from caches: in a row each takes a third of what one by itself does, which finds the CPU's cold
-
-
-def _made_here(dataset: MicroBatches, items: Iterable[Item], pin_memory: bool) -> Iterator[Batch | DataError]:
-    make, items = _Reported(dataset).__getitem__, iter(items)
-    count = _AT_ONCE if dataset.latents is not None else 1
-    while batches := [make(item) for item in itertools.islice(items, count)]:
-        yield from (b.pin_memory() if pin_memory and isinstance(b, Batch) else b for b in batches)
-
-
-def _from_workers(
-    dataset: MicroBatches,
-    items: Iterable[Item],
-    num_workers: int,
-    pin_memory: bool,
-    context: str | None,
-    prefetch: int,
-) -> Iterator[Batch | DataError]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
-    with _without_advice(), _without_child_handler():
-        loader: DataLoader = DataLoader(
-            _Reported(dataset),
-            batch_size=None,
-            sampler=items,
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            multiprocessing_context=context or start_method(),
-            worker_init_fn=_start_worker,
-            prefetch_factor=prefetch,
-            generator=torch.Generator(),  # else it draws from the one that optimizers and dropout draw from
-        )
-        return iter(loader)
-
-
-def start_method() -> str:
-    """Linux forks: at once, and the workers are our own children (a fork server would die of the group's SIGTERM)."""
-    return "fork" if sys.platform == "linux" else "spawn"
-
-
-@contextmanager
-def _without_advice() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # the number of workers is a setting
-        # Python 3.12 warns of forking beside threads; the workers use none of theirs, nor their locks.
-        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork", category=DeprecationWarning)
-        yield
-
-
-@contextmanager
-def _without_child_handler() -> Iterator[None]:
-    """torch's handler of SIGCHLD would raise a dead worker's error wherever the parent is, in the middle of a save too;
-    without it the error comes from waiting for that worker's batch, within 5 s."""
-    ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGCHLD) if ours else None
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)

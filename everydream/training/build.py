@@ -19,7 +19,7 @@ from everydream.config.redact import for_others
 from everydream.config.resolve import Resolved
 from everydream.config.show import differences
 from everydream.data.buckets import nearest
-from everydream.data.dataset import Loader
+from everydream.data.loader import Loader
 from everydream.errors import DataError, EveryDreamError, Stopped
 from everydream.models.family import load
 from everydream.optim import factory

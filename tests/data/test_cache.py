@@ -26,7 +26,8 @@ from everydream.data.cache import (
     pictures_at_once,
     pixels_of,
 )
-from everydream.data.dataset import Augmentation, Loader
+from everydream.data.dataset import Augmentation
+from everydream.data.loader import Loader
 from everydream.data.packs import Packs, PackWriter
 from everydream.errors import DataError
 from tests.data.pictures import encoded, png, write

@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from everydream.data.batch import Batch
-from everydream.data.dataset import Augmentation, Loader, MicroBatches, Source
+from everydream.data.dataset import Augmentation, MicroBatches, Source
+from everydream.data.loader import Loader
 from everydream.data.plan import Draw
 from everydream.errors import DataError
 from tests.data.pictures import encoded, png, smooth, write
@@ -282,7 +283,7 @@ def test_closing_ends_the_workers_at_once(folder: Path) -> None:
 SIGNALS = """
 import os, signal, sys, time
 from pathlib import Path
-from everydream.data.dataset import Loader
+from everydream.data.loader import Loader
 from tests.data.sets import dataset_of, source_of
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from everydream.data.dataset import Loader
+from everydream.data.loader import Loader
 from everydream.data.plan import updates_in
 from everydream.data.summary import bucket_lines, long_captions, rest_lines, size_notes
 from tests.data.pictures import png, write
