@@ -53,9 +53,11 @@ class Loader:
         prefetch: int = 4,
     ) -> None:
         self.num_workers = num_workers
-        self._start = partial(_from_workers, dataset, items, num_workers, pin_memory, context, prefetch)
-        if not num_workers:  # a DataLoader takes as long as a quarter of a batch from caches
-            self._start = partial(_made_here, dataset, items, pin_memory)
+        self._start = (
+            partial(_from_workers, dataset, items, num_workers, pin_memory, context, prefetch)
+            if num_workers
+            else partial(_made_here, dataset, items, pin_memory)  # a DataLoader takes a quarter of a batch from caches
+        )
         self._iterator: Iterator[Batch | DataError] | None = None
 
     def __iter__(self) -> Loader:

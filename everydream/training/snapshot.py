@@ -50,6 +50,7 @@ class Room:
                 begin, ends = ends, ends + _bytes((dtype, shape))
                 self.places.append(piece[begin:ends].view(dtype).view(shape))
             self.pieces.append(piece)
+        self.nbytes = sum(piece.nbytes for piece in self.pieces)
 
 
 class HostMemory:
@@ -61,11 +62,8 @@ class HostMemory:
 
     def missing(self, files: Mapping[str, Tensors]) -> int:
         """Bytes that copying these files' tensors would have to get from the system."""
-        return sum(
-            sum(map(_bytes, layout))
-            for name, layout in ((name, _layout(file, file.order())) for name, file in files.items())
-            if not self._has(name, layout)
-        )
+        sizes = {name: file.nbytes for name, file in files.items()}
+        return sum(size for name, size in sizes.items() if name not in self._rooms or self._rooms[name].nbytes != size)
 
     def copy(self, files: Mapping[str, Tensors], ready: torch.cuda.Event | None = None) -> dict[str, Laid]:
         """The files, as their tensors are now. `ready`: when a card has computed them. What an earlier call gave is
@@ -73,18 +71,15 @@ class HostMemory:
         laid, pairs = {}, list[tuple[Tensor, Tensor]]()
         for name, file in files.items():
             order = file.order()
-            layout = _layout(file, order)
-            if not self._has(name, layout):
-                self._rooms.pop(name, None)
+            layout = [(file.dtype_of(tensor), tensor.shape) for _, tensor in order]
+            if name not in self._rooms or self._rooms[name].layout != layout:
+                self._rooms.pop(name, None)  # its memory serves the new one
                 self._rooms[name] = Room(layout, pinned=any(t.is_cuda for t in file.tensors.values()))
             room = self._rooms[name]
             pairs += [(place, t.detach()) for place, (_, t) in zip(room.places, order, strict=True)]
             laid[name] = Laid(file.header(order), room.pieces)
         _copy(pairs, ready)
         return laid
-
-    def _has(self, name: str, layout: Layout) -> bool:
-        return name in self._rooms and self._rooms[name].layout == layout
 
 
 def finished() -> torch.cuda.Event | None:
@@ -111,10 +106,6 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]], ready: torch.cuda.Event | None
                 if tensor.device == device:
                     place.copy_(tensor, non_blocking=True)
         stream.synchronize()
-
-
-def _layout(file: Tensors, order: Sequence[tuple[str, Tensor]]) -> Layout:
-    return [(file.dtype_of(tensor), tensor.shape) for _, tensor in order]
 
 
 def _bytes(entry: tuple[torch.dtype, torch.Size]) -> int:

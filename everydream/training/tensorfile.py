@@ -55,6 +55,11 @@ class Tensors:
         for _, tensor in order:
             out.write(as_bytes(tensor.detach().to("cpu", self.dtype_of(tensor))))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors, as they stand in the file."""
+        return sum(tensor.numel() * self.dtype_of(tensor).itemsize for tensor in self.tensors.values())
+
     def order(self) -> list[tuple[str, Tensor]]:
         """As they stand in the file: wide types first, then every tensor starts at a multiple of its own width."""
         return sorted(self.tensors.items(), key=lambda item: (-self.dtype_of(item[1]).itemsize, item[0]))

@@ -299,9 +299,8 @@ def averaged(parts: Mapping[str, Part]) -> Iterator[None]:
     finally:
         for optimizer in switching:
             set_mode(optimizer, training=True)
-        with (
-            torch.no_grad()
-        ):  # switching back rounds, the copies do not: a save or a preview leaves no trace in the run
+        # Switching back rounds, the copies do not: a save or a preview leaves no trace in the run.
+        with torch.no_grad():
             for weight, copy in zip(weights, kept, strict=True):
                 weight.copy_(copy)
 
