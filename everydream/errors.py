@@ -7,6 +7,15 @@ Exit codes (README, docs/reliability.md): 0 done · 2 settings or data · 3 dive
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """ " Did you mean 'batch_size'?", or nothing where no name is near."""
+    names = list(names)
+    near = get_close_matches(name, names, n=1) or get_close_matches(name.lower(), names, n=1)
+    near = near or [one for one in names if name and (one.startswith(name) or sorted(one) == sorted(name))]
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class EveryDreamError(Exception):

@@ -17,7 +17,8 @@ from typing import Any
 from everydream.config.kinds import Kind, kinds
 from everydream.config.legacy import ALIASES, REFUSED, RETIRED, means_null, translate
 from everydream.config.schema import Settings
-from everydream.config.sources import COMMAND_LINE, UNSET, Report, Source, Stated, check, nearest
+from everydream.config.sources import COMMAND_LINE, UNSET, Report, Source, Stated, check
+from everydream.errors import did_you_mean
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -99,7 +100,7 @@ def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Sour
     if key in RETIRED:
         report.note_at(COMMAND_LINE, RETIRED[key].say(shown))
     elif name not in fields or (negated and bool not in fields[name].types):
-        hint = nearest(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
+        hint = did_you_mean(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
         report.problem(COMMAND_LINE, f"{shown} is not a setting.{hint}")
     elif name in source.unset or (name in raw and not fields[name].many):
         report.problem(COMMAND_LINE, f"{shown} is given twice")

@@ -34,8 +34,8 @@ from everydream.config.schema import (
     Tree,
     ValidationSettings,
 )
-from everydream.config.sources import Report, Source, Stated, check, nearest, show
-from everydream.errors import ConfigError
+from everydream.config.sources import Report, Source, Stated, check, show
+from everydream.errors import ConfigError, did_you_mean
 
 FORMAT = "everydream-config-1"
 SCALE = "text_encoder_lr_scale"
@@ -91,7 +91,7 @@ class File:
             if key in retired:
                 self.report.note_at(place, retired[key].say(name))
             elif field_name not in model.model_fields:
-                hint = nearest(key, [*model.model_fields, *aliases, *others])
+                hint = did_you_mean(key, [*model.model_fields, *aliases, *others])
                 self.report.problem(place, f"{name} is not a setting.{hint}")
             elif field_name in found:
                 self.report.problem(place, f"{name} stands beside {found[field_name].name}: they are the same setting")
@@ -203,7 +203,7 @@ def record_source(file: File) -> RecordSource:
         group = next((prefix for prefix in _GROUPS if key.startswith(prefix)), "")
         field_name = key[len(group) :]
         if field_name not in _GROUPS.get(group, Settings).model_fields:
-            file.report.problem(place, f"{key} is not a setting.{nearest(key, Settings.model_fields)}")
+            file.report.problem(place, f"{key} is not a setting.{did_you_mean(key, Settings.model_fields)}")
         elif not isinstance(entry, dict) or "value" not in entry:
             file.report.problem(place, f'{key} is {show(entry)}, but must be {{"value": …, "origin": …}}')
         elif entry["value"] is not None and not entry.get("inherited"):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from pydantic import ValidationError
 
 from everydream.config.kinds import kinds
 from everydream.config.schema import Tree
+from everydream.errors import did_you_mean
 
 COMMAND_LINE = "command line"
 UNSET = "command line (unset)"
@@ -81,14 +81,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ " Did you mean 'batch_size'?", or nothing where no name is near."""
-    names = list(names)
-    near = get_close_matches(name.lower(), names, n=1)
-    near = near or [one for one in names if name and (one.startswith(name) or sorted(one) == sorted(name))]
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 def check(model: type[Tree], stated: Mapping[str, Stated], folder: Path, report: Report) -> Source:
     """The values the model accepts, converted (paths absolute, from `folder`); the others are reported."""
     source = Source("")
@@ -115,5 +107,5 @@ def check(model: type[Tree], stated: Mapping[str, Stated], folder: Path, report:
 
 def _refusal(one: Stated, model: type[Tree], key: str) -> str:
     kind = kinds(model)[key]
-    hint = nearest(one.value, kind.choices) if isinstance(one.value, str) else ""
+    hint = did_you_mean(one.value, kind.choices) if isinstance(one.value, str) else ""
     return f"{one.name} is {show(one.value)}, but must be {kind.phrase()}.{hint}"

@@ -6,12 +6,11 @@ import importlib
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 
-from everydream.errors import ConfigError
+from everydream.errors import ConfigError, did_you_mean
 from everydream.optim.flat import Flat
 from everydream.optim.groups import Group, param_groups
 from everydream.optim.lion import update_in_blocks
@@ -157,8 +156,8 @@ def _load(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
             f"optimizer {name!r} needs the package {error.name!r}, {_install(row, error.name)}"
         ) from error
     except AttributeError as error:
-        near = get_close_matches(cls_name, dir(importlib.import_module(module)), n=1)
-        raise ConfigError(f"optimizer {name!r}: {module} has no {cls_name}.{_meant(near)}") from error
+        hint = did_you_mean(cls_name, dir(importlib.import_module(module)))
+        raise ConfigError(f"optimizer {name!r}: {module} has no {cls_name}.{hint}") from error
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"optimizer {name!r} is not a subclass of torch.optim.Optimizer")
     return row, cls
@@ -200,14 +199,9 @@ def _check_args(row: Row, cls: type, args: Mapping[str, Any], reserved: set[str]
                 f"optimizer {row.name!r}: args.{key} is set by {ours[key]!r} beside 'optimizer', not in args"
             )
         elif key not in known:
-            meant = _meant(get_close_matches(key, known, n=1))
             problems.append(
-                f"optimizer {row.name!r}: args.{key} is not an argument of {row.cls}.{meant} "
+                f"optimizer {row.name!r}: args.{key} is not an argument of {row.cls}.{did_you_mean(key, known)} "
                 f"It takes: {', '.join(sorted(known))}."
             )
     if problems:
         raise ConfigError(problems)
-
-
-def _meant(near: Sequence[str]) -> str:
-    return f" Did you mean {near[0]!r}?" if near else ""

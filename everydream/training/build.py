@@ -18,7 +18,6 @@ from everydream.config.compare import changes
 from everydream.config.redact import for_others
 from everydream.config.resolve import Resolved
 from everydream.config.show import differences
-from everydream.data.buckets import nearest
 from everydream.data.loader import Loader
 from everydream.errors import DataError, EveryDreamError, Stopped
 from everydream.models.family import load
@@ -40,7 +39,6 @@ from everydream.training.plan_text import plan_sections, plan_text
 from everydream.training.prepare import Prepared
 from everydream.training.previews import NoPreviews, Previews
 from everydream.training.profile import make_profile
-from everydream.training.prompts import Sampling
 from everydream.training.quiet import quiet_libraries
 from everydream.training.report import write_report
 from everydream.training.resuming import begin_run, what_differs
@@ -365,19 +363,13 @@ class Build:
         if settings.sample_prompts is None or not settings.sample_steps:
             return NoPreviews()
         assert self.folder is not None
-        width, height = nearest(1, 1, prepared.gate.sizes)
         return Previews(
             settings.sample_prompts,
             self.folder,
             lambda: Parts.of(self.family, settings.max_caption_chunks),
             self.log,
             self.ranks,
-            defaults=Sampling(
-                seed=settings.seed,
-                width=width,
-                height=height,
-                size_step=prepared.facts.vae_factor * prepared.facts.unet_factor,
-            ),
+            defaults=prepared.sampling,
             captions=[sample.caption for sample in prepared.subject.samples],
             autocast=prepared.accelerator.autocast,
             stop=lambda: self.stop.signum,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from everydream.data.buckets import assign, nearest
+from everydream.data.buckets import assign
 from everydream.data.cache import LatentCache, TextCache
 from everydream.data.dataset import Augmentation, MicroBatches, Source
 from everydream.diffusion.noise import EmbeddingPerturbation, NoiseSampler
@@ -39,7 +39,7 @@ def make_class_pictures(prepared: Prepared, family: Family) -> None:
     if wanted is None or prepared.start.checkpoint is not None:
         return
     assert folder is not None, "class_data_root"
-    width, height = nearest(1, 1, prepared.gate.sizes)
+    width, height = prepared.sampling.width, prepared.sampling.height
     parts: Parts | None = None
 
     def generate(prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Sequence[Image]:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from everydream.data.summary import bucket_lines
+from everydream.errors import ConfigError
 from everydream.optim.groups import table_lines
 from everydream.optim.memory import state_bytes
+from everydream.training.prompts import read as read_prompts
 
 if TYPE_CHECKING:
     from everydream.training.prepare import Prepared
@@ -66,7 +68,17 @@ def _steps(prepared: Prepared) -> Iterator[str]:
     yield f"saves after step: {_listed({*saves, total})}"
     if settings.sample_prompts is not None and settings.sample_steps:
         yield f"previews at step: {_listed({*range(0, total + 1, settings.sample_steps), total})}"
+        yield from _prompts(prepared)
     yield from prepared.rests()
+
+
+def _prompts(prepared: Prepared) -> Iterator[str]:
+    """The prompts file may be mended until its next preview: what is wrong with it ends no run."""
+    captions = [sample.caption for sample in prepared.subject.samples]
+    try:
+        yield f"pictures a preview: {len(read_prompts(prepared.settings.sample_prompts, prepared.sampling, captions))}"
+    except ConfigError as error:
+        yield from (f"no previews: {problem}" for problem in error.problems)
 
 
 def _listed(steps: Iterable[int]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from everydream.data.buckets import bucket_sizes
+from everydream.data.buckets import bucket_sizes, nearest
 from everydream.data.fingerprint import Fingerprint, fingerprint
 from everydream.data.folders import find, roots_of
 from everydream.data.gate import Progress
@@ -31,6 +31,7 @@ from everydream.training.clock import Clock
 from everydream.training.console import Console
 from everydream.training.pictures import Gate, PictureSet, total_updates
 from everydream.training.plugins import Plugins
+from everydream.training.prompts import Sampling
 from everydream.training.resuming import check_data, check_settings, find_start
 from everydream.training.validation import HELD_OUT, TRAINED, choose, refuse_shared
 from everydream.training.validation import split as hold_out
@@ -192,6 +193,8 @@ class Prepared:
             remember=self.resolved.action != "dry_run",
             ranks=self.ranks,
         )
+        width, height = nearest(1, 1, self.gate.sizes)
+        self.sampling = Sampling(seed=settings.seed, width=width, height=height, size_step=step)
         samples = self.scan("subject", settings.data_root, settings.instance_prompt)
         self.fingerprints: dict[str, Fingerprint] = {}
         self.compare("subject", samples, self.start.state.epoch)

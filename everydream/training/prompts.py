@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from everydream.errors import ConfigError
+from everydream.errors import ConfigError, did_you_mean
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # name → class in diffusers, what it needs beside the model's own
     # Both clip by default, which is for pixels, not for latents.
@@ -167,7 +167,7 @@ def _sampling(entry: Mapping[str, Any], defaults: Sampling, report: Report) -> S
     values: dict[str, Any] = {}
     for key, value in entry.items():
         if key not in READERS:
-            report(f"{key} is not known. Known: {', '.join(READERS)}")
+            report(f"{key} is not known.{did_you_mean(key, READERS)} Known: {', '.join(READERS)}")
             continue
         try:
             values |= READERS[key](value, defaults)

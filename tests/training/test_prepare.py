@@ -45,6 +45,28 @@ def test_the_dry_run_counts_what_training_uses(
     assert sorted(names.count(name) for name in set(names)) == [2, 3, 3, 3, 3]  # 15 draws, 14 in whole batches
 
 
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ('["one", {"prompt": "two", "guidance": [1, 7]}]', "pictures a preview: 3"),
+        (
+            '[{"promt": "one"}]',
+            "no previews: sample_prompts: {file}: prompt 1: promt is not known. Did you mean 'prompt'?",
+        ),
+        ('["one"', "no previews: sample_prompts: {file} is not JSON: Expecting ',' delimiter: line 1 column 7"),
+    ],
+)
+def test_the_dry_run_reads_the_prompts(
+    prompts: str, said: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_text(prompts)
+    make_pictures(tmp_path / "pictures", 2, captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, sample_prompts=file, sample_steps=5)
+    assert start(*words, "--dry_run") == 0
+    assert said.format(file=file) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon", "torch.optim.RMSprop"])
 def test_the_dry_run_counts_the_state_that_a_checkpoint_then_holds(
     optimizer: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

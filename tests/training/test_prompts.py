@@ -97,7 +97,7 @@ def test_every_problem_is_told_with_its_place(tmp_path: Path) -> None:
         "for all prompts: steps: 0: must be a whole number from 1",
         f"for all prompts: colour is not known. Known: {', '.join(READERS)}",
         'prompt 2: needs a "prompt"',
-        f"prompt 2: promt is not known. Known: {', '.join(READERS)}",
+        f"prompt 2: promt is not known. Did you mean 'prompt'? Known: {', '.join(READERS)}",
         "prompt 3: must be a string or an object, not 3",
         "prompt 4: size: 100: must be a whole number from 64, a multiple of 64",
     ]
