@@ -92,6 +92,8 @@ def make(
         set_mode(optimizer, training=True)
         return optimizer
 
+    if row.package == "bitsandbytes":
+        _make_contiguous(groups)
     optimizer = build(param_groups(groups))
     if rounding_seed is not None:
         assert row.may_round, f"{name} cannot train bf16 weights: {row.cannot_round}"
@@ -103,6 +105,16 @@ def make(
         if row.name == "lion":
             vars(twin)["update_fn"] = update_in_blocks
     return optimizer
+
+
+def _make_contiguous(groups: Sequence[Group]) -> None:
+    """As bitsandbytes does itself at its first step, after it has laid out its state as the weights were then.
+
+    Its kernels for a card go through both in one line: the state would belong to other weights after a resume.
+    """
+    for group in groups:
+        for p in group.params():
+            p.data = p.data.contiguous()
 
 
 def flat_pays(name: str, groups: Sequence[Group], device: str | torch.device, processes: int) -> bool:

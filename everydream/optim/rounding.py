@@ -84,7 +84,7 @@ class Rounding:
         weights = torch.empty(sum(sizes), dtype=torch.float32, device=chunk[0].device)
         gradients, noise = torch.empty_like(weights), torch.empty_like(weights, dtype=torch.int32)
         pieces = [
-            [part.view(p.shape) for part, p in zip(buffer.split(sizes), chunk, strict=True)]
+            [_like(p, part) for part, p in zip(buffer.split(sizes), chunk, strict=True)]
             for buffer in (weights, gradients)
         ]
         torch._foreach_copy_(pieces[0], list(chunk))
@@ -108,6 +108,11 @@ class Rounding:
             stand_in = self.stand_ins[p]
             self.optimizer.state[p] = self.twin.state[stand_in]
             stand_in.data, stand_in.grad = _hollow(p), None
+
+
+def _like(p: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """Laid out in memory as the parameter is, so that its state is too, here and after a resume."""
+    return part.as_strided(p.shape, p.stride(), part.storage_offset())
 
 
 def _hollow(p: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,14 @@ WALK = [(name, path) for name, row in ROWS.items() for path, can in PATHS.items(
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def start(name: str, path: str, device: str, seed: int = 0) -> tuple[Net, torch.optim.Optimizer]:
+layouts = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+
+
+def start(
+    name: str, path: str, device: str, seed: int = 0, layout: torch.memory_format = torch.contiguous_format
+) -> tuple[Net, torch.optim.Optimizer]:
     net = Net(seed).to(device, torch.bfloat16 if "bf16" in path else torch.float32)
+    net.conv.to(memory_format=layout)  # type: ignore[call-overload]
     options: dict[str, Any] = {"lr": EXPECTED[name].lr, "flat": path == "flat"}
     return net, optimizer_of(net, name, rounding_seed=1 if "bf16" in path else None, **options)
 
@@ -45,12 +51,17 @@ def run(net: Net, optimizer: torch.optim.Optimizer, path: str, steps: int) -> No
 
 
 def through_a_checkpoint(
-    net: Net, optimizer: torch.optim.Optimizer, name: str, path: str, device: str
+    net: Net,
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    path: str,
+    device: str,
+    layout: torch.memory_format = torch.contiguous_format,
 ) -> tuple[Net, torch.optim.Optimizer]:
     tensors, saved = capture({"unet": optimizer}, {"unet": dict(net.named_parameters())})
     tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
     saved = json.loads(json.dumps(saved))
-    after, again = start(name, path, device, seed=5)
+    after, again = start(name, path, device, seed=5, layout=layout)
     run(after, again, path, 1)  # state of its own, which a resume replaces
     after.load_state_dict(net.state_dict())
     assert restore({"unet": again}, {"unet": dict(after.named_parameters())}, tensors, saved) == []
@@ -58,15 +69,32 @@ def through_a_checkpoint(
 
 
 @pytest.mark.parametrize("name, path", WALK)
+@layouts
 @devices
-def test_three_steps_and_three_more_are_six(name: str, path: str, device: str) -> None:
-    straight, optimizer = start(name, path, device)
+def test_three_steps_and_three_more_are_six(name: str, path: str, layout: torch.memory_format, device: str) -> None:
+    straight, optimizer = start(name, path, device, layout=layout)
     run(straight, optimizer, path, 6)
-    net, optimizer = start(name, path, device)
+    net, optimizer = start(name, path, device, layout=layout)
     run(net, optimizer, path, 3)
-    net, optimizer = through_a_checkpoint(net, optimizer, name, path, device)
+    net, optimizer = through_a_checkpoint(net, optimizer, name, path, device, layout)
     run(net, optimizer, path, 3)
     assert_same(weights(net), weights(straight))
+
+
+@pytest.mark.parametrize("name, path", WALK)
+@devices
+def test_weights_keep_their_layout_and_state_has_it_too(name: str, path: str, device: str) -> None:
+    """Kernels for a card go through weights and state in one line: another order would be other weights' state."""
+    net, optimizer = start(name, path, device, layout=torch.channels_last)
+    before = net.conv.weight.stride()
+    run(net, optimizer, path, 1)
+    net, optimizer = through_a_checkpoint(net, optimizer, name, path, device, torch.channels_last)
+    run(net, optimizer, path, 1)
+    assert net.conv.weight.stride() == before
+    if "flat" not in path:
+        same_shape = [v for v in optimizer.state[net.conv.weight].values()
+                      if isinstance(v, torch.Tensor) and v.shape == net.conv.weight.shape]  # fmt: skip
+        assert all(value.stride() == before for value in same_shape)
 
 
 @pytest.mark.parametrize(
