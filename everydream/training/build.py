@@ -113,6 +113,7 @@ class Build:
         self.folder: Path | None = None
         self.loader: Loader | None = None
         self.saver: Saver | None = None
+        self._said: set[str] = set()
         self._held = prepared.old_run  # its lock is ours until the end
 
     def run(self) -> int:
@@ -393,14 +394,18 @@ class Build:
     # What a person reads
 
     def _say_start(self) -> None:
+        """Before weights are read: whoever sees a mistake here has not waited for it."""
         for line in differences(self.prepared.resolved).splitlines():
             self.console.say(line)
+        self._said = set(self.prepared.notes)
+        for note in dict.fromkeys(self.prepared.notes):
+            self.console.say(note)
 
     def _say_notes(self) -> None:
         for warning in self.prepared.start.warnings:
             self.log.event("resume", warning, "warning", todo="The newest whole checkpoint is used.")
         for note in dict.fromkeys(self.prepared.notes):
-            self.log.event("note", note)
+            self.log.event("note", note, "debug" if note in self._said else "info")
         for line in table_lines([group for groups in self.groups.values() for group in groups]):
             self.console.say(line)
 

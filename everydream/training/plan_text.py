@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from textwrap import indent
 from typing import TYPE_CHECKING
 
 from everydream.data.summary import bucket_lines
@@ -21,7 +22,7 @@ SHOWN_STEPS = 8
 
 def plan_text(prepared: Prepared) -> str:
     return "\n\n".join(
-        "\n".join([title, *(f"  {line}" for line in lines)])
+        "\n".join([title, *(indent(line, "  ") for line in lines)])
         for title, lines in plan_sections(prepared).items()
         if lines
     )

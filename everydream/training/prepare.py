@@ -48,7 +48,7 @@ class Prepared:
 
     def __init__(self, resolved: Any, changes: Any, stop: StopRequest, console: Console) -> None:
         self.resolved, self.stop, self.console = resolved, stop, console
-        self.notes: list[str] = []  # each said once, at the start
+        self.notes = list(resolved.notes)  # each said once, at the start
         self._processes()
         self._where_to_start(changes)
         self._model()

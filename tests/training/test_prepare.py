@@ -8,6 +8,7 @@ import pytest
 
 from everydream.errors import ConfigError
 from everydream.runtime import asked_processes, refuse_lone_process
+from everydream.training import build
 from everydream.training.prepare import accumulation
 from tests.tiny import make_pictures
 from tests.training.runs import lines, only_run, options, start, tensors
@@ -148,3 +149,24 @@ def test_one_process_where_more_were_asked_for_is_refused(command: list[str], wa
         refuse_lone_process({"WORLD_SIZE": str(wanted)}, command)
     else:
         refuse_lone_process({}, command)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_has_no_effect_is_said_once_and_before_weights_are_read(
+    dry: bool, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "optimizer.json").write_text('{"optimizer": "lion", "epsilon": 1e-7}')
+    make_pictures(tmp_path / "pictures", 2, captions="a thing")
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, optimizer_config=tmp_path / "optimizer.json",
+                    max_steps=1, huber_delta=2, quiet=False)  # fmt: skip
+    said_before = []
+    load = build.load
+    monkeypatch.setattr(build, "load", lambda *a, **k: said_before.append(capsys.readouterr().err) or load(*a, **k))
+    assert start(*words, *(["--dry_run"] if dry else [])) == 0
+    text = capsys.readouterr().out if dry else said_before[0]
+    for told in ("epsilon 1e-07 from optimizer.json is unused", "huber_delta 2.0 from command line is without effect"):
+        assert text.count(told) == 1
+    if not dry:
+        notes = [line["message"] for line in lines(only_run(tmp_path) / "events.jsonl") if line["kind"] == "note"]
+        assert len([note for note in notes if "epsilon" in note]) == 1
+        assert "epsilon" not in capsys.readouterr().err
