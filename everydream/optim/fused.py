@@ -22,13 +22,21 @@ from everydream.optim.partial import StepOnly, step_only
 
 
 def refusals(
-    *, processes: int = 1, accumulation: int = 1, clip_norm: float | None = None, scales_loss: bool = False
+    *,
+    processes: int = 1,
+    accumulation: int = 1,
+    clip_norm: float | None = None,
+    scales_loss: bool = False,
+    has_class: bool = False,
+    is_compiled: bool = False,
 ) -> list[str]:
     """Why fused backward cannot be used here; empty where it can. The row's own reason is Row.cannot_fuse."""
     reasons = {
         f"{processes} processes exchange gradients once an update": processes > 1,
         f"grad_accum {accumulation} adds gradients up before the update": accumulation > 1,
         f"clip_grad_norm {clip_norm} needs the norm of all gradients before the first update": clip_norm is not None,
+        "class pictures have a backward of their own, and both make one update": has_class,
+        "a compiled backward gives all gradients at once, so that nothing would be saved": is_compiled,
         "mixed_precision fp16 scales the loss, and unscales all gradients before the first update": scales_loss,
     }
     return [reason for reason, holds in reasons.items() if holds]

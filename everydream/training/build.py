@@ -167,7 +167,7 @@ class Build:
         )
         # 7. Class pictures, made with the base model before it changes.
         self.sets = {"subject": prepared.subject}
-        if settings.class_data_root is not None and settings.prior_loss_weight > 0:
+        if prepared.has_class:
             make_class_pictures(prepared, self.family)
             samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
             prepared.compare("class", samples, prepared.start.state.class_epoch)

@@ -45,7 +45,7 @@ def _pictures(prepared: Prepared) -> Iterator[str]:
     yield from (f"bucket {line}" for line in bucket_lines(plan))
     for name, samples in prepared.validation_sets.items():
         yield f"{name}: {len(samples)} pictures"
-    if prepared.settings.class_data_root is not None and prepared.settings.prior_loss_weight:
+    if prepared.has_class:
         folder = prepared.settings.class_data_root
         there = len(prepared.pictures_in(folder)) if folder.is_dir() else 0
         missing = max(0, (prepared.settings.num_class_images or 0) - there)

@@ -74,6 +74,10 @@ class Prepared:
         self.settings = self.resolved.settings
 
     @property
+    def has_class(self) -> bool:
+        return self.settings.class_data_root is not None and self.settings.prior_loss_weight > 0
+
+    @property
     def record(self) -> dict[str, Any]:
         """config.json's content."""
         return {**self.resolved.record(), "processes": self.ranks.count}
@@ -140,6 +144,8 @@ class Prepared:
                 accumulation=self.accumulation,
                 clip_norm=settings.clip_grad_norm,
                 scales_loss=settings.mixed_precision == "fp16",
+                has_class=self.has_class,
+                is_compiled=bool(settings.compile),
             )
             if reasons:
                 raise ConfigError([f"fused_backward cannot be used: {reason}" for reason in reasons])

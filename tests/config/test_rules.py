@@ -26,6 +26,9 @@ CONTRADICTING: dict[tuple[str, str], tuple[dict[str, Any], dict[str, str]]] = {
     ("fused_backward", "global_batch_size"): ({"fused_backward": True, "global_batch_size": 8}, {}),
     ("fused_backward", "clip_grad_norm"): ({"fused_backward": True, "clip_grad_norm": 1.0}, {}),
     ("fused_backward", "mixed_precision"): ({"fused_backward": True}, {"ACCELERATE_MIXED_PRECISION": "fp16"}),
+    ("fused_backward", "class_data_root"): (
+        {"fused_backward": True, "class_data_root": "class", "class_prompt": "a dog", "num_class_images": 9}, {}),
+    ("fused_backward", "compile"): ({"fused_backward": True, "compile": True}, {}),
     ("fused_backward", "processes"): ({"fused_backward": True}, {"WORLD_SIZE": "2"}),
     ("weights_dtype", "mixed_precision"): ({"weights_dtype": "bfloat16", "mixed_precision": "fp16"}, {}),
     ("quiet", "verbose"): ({"quiet": True, "verbose": True}, {}),

@@ -124,6 +124,8 @@ def test_refused_with_a_reason() -> None:
     assert "grad_accum 2" in refusals(accumulation=2)[0]
     assert "clip_grad_norm 0.0" in refusals(clip_norm=0.0)[0]
     assert "fp16" in refusals(scales_loss=True)[0]
+    assert "class pictures" in refusals(has_class=True)[0]
+    assert "compiled" in refusals(is_compiled=True)[0]
     assert len(refusals(processes=2, accumulation=2, clip_norm=1.0, scales_loss=True)) == 4
 
 
