@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import sys
 
-from everydream.config.cli import settings_or_exit
+from everydream.runtime import before_torch
 
 
-def main() -> int:
+def main(*, only_caches: bool = False) -> int:
+    before_torch()  # first, for a launcher may be stopped at any moment
+    from everydream.config.cli import settings_or_exit
+
     resolved = settings_or_exit(sys.argv[1:])
-    from everydream.training.build import run  # torch and the rest: only once the settings are right
+    from everydream.training import build  # torch and the rest: only once the settings are right
 
-    return run(resolved)
+    return (build.cache if only_caches else build.run)(resolved)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,15 @@ Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 
 
+def before_torch() -> None:
+    """A script's first act: what comes too late once torch is there, some seconds from now."""
+    stop_with_launcher()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and where an import was is no news
+    # Threads that spin while they wait for each other cost 20-fold beside a process that works. The user's word counts.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerator:
     """The one place where processes meet. Raises ConfigError where the launcher's and our view of the world differ.
 
@@ -116,7 +125,6 @@ class StopRequest:
     def install(self) -> None:
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
-        stop_with_launcher()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:

@@ -11,15 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.config.cli import settings_or_exit
-
-
-def main() -> int:
-    resolved = settings_or_exit(sys.argv[1:])
-    from everydream.training.build import cache
-
-    return cache(resolved)
-
+from everydream.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(only_caches=True))

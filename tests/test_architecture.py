@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "__main__": {"config", "training"},
 }
 EXTRA = {  # file -> what it may import beyond its package's arrows
+    "everydream/__main__.py": {"runtime"},  # the launcher's end and signals, before anything else
     "everydream/training/build.py": {"config"},  # settings stop at this door
     "scripts/sample.py": {"models"},
     "scripts/convert.py": {"models"},

@@ -62,16 +62,19 @@ class Plan:
         self._rates = {size: rate for size, rate in rates.items() if rate.p.any()}
         if not self._rates:
             raise DataError(f"{name}: no picture is ever used: there are none, or multiply is 0 for all of them")
-        self._borders = [start[0]]  # [k]: first micro-batch of epoch start[1] + k
+        self._at = start[1]  # the epoch that was asked for last, from where the next search begins
         self._remember()
 
     def _remember(self) -> None:
         self._total = lru_cache(maxsize=64 * len(self._rates))(self._count)
+        self._border = lru_cache(maxsize=64)(self._border_of)
         self._cuts = lru_cache(maxsize=4)(self._cuts_of)
         self._queue = lru_cache(maxsize=4 * len(self._rates))(self._queue_of)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_total", "_cuts", "_queue")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("_total", "_border", "_cuts", "_queue")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -91,9 +94,12 @@ class Plan:
     def epoch_of(self, index: int) -> int:
         """The epoch (from 0) that completes this micro-batch."""
         assert index >= self.start[0], f"micro-batch {index} lies before the plan's start {self.start[0]}"
-        while self._borders[-1] <= index:
-            self._border(self.start[1] + len(self._borders))
-        return self.start[1] + bisect_right(self._borders, index) - 1
+        low = self._at if self._border(self._at) <= index else self.start[1]
+        stride = 1
+        while self._border(low + stride) <= index:
+            low, stride = low + stride, 2 * stride
+        self._at = low + bisect_right(range(low, low + stride), index, key=self._border) - 1
+        return self._at
 
     def waiting(self, epochs: int) -> dict[Size, int]:
         """Draws left in each bucket's queue after `epochs` epochs, where there are any."""
@@ -106,12 +112,9 @@ class Plan:
 
     # --- queues: position → draw ---
 
-    def _border(self, epoch: int) -> int:
-        while len(self._borders) <= epoch - self.start[1]:
-            reached = self.start[1] + len(self._borders)
-            cut = sum(self._total(size, reached) // self.batch_size for size in self._rates)
-            self._borders.append(self.start[0] + cut)
-        return self._borders[epoch - self.start[1]]
+    def _border_of(self, epoch: int) -> int:
+        """The first micro-batch of this epoch."""
+        return self.start[0] + sum(self._total(size, epoch) // self.batch_size for size in self._rates)
 
     def _count(self, size: Size, epochs: int) -> int:
         """Length of the bucket's queue after `epochs` epochs."""

@@ -95,20 +95,26 @@ class EMA:
         return dict(self._averages)
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """What tensors() gave, exactly. Raises CheckpointError where names, shapes or types differ."""
-        for name in sorted(self._averages.keys() | tensors.keys()):
-            ours, theirs = self._averages.get(name), tensors.get(name)
-            if ours is None or theirs is None:
-                where = "not trained in this run" if ours is None else "missing"
-                raise CheckpointError(f"ema.safetensors: {name} is {where}. Resume with the settings it was saved with")
+    def load(self, tensors: Mapping[str, Tensor], *, changed: bool = False) -> list[str]:
+        """What tensors() gave, exactly. Raises CheckpointError where names, shapes or types differ.
+
+        `changed`: other parameters are trained now, on purpose; the average of a new one begins with its weights.
+        Returns lines on that.
+        """
+        new, gone = sorted(self._averages.keys() - tensors.keys()), sorted(tensors.keys() - self._averages.keys())
+        if (new or gone) and not changed:
+            where = f"{new[0]} is missing" if new else f"{gone[0]} is not trained in this run"
+            raise CheckpointError(f"ema.safetensors: {where}. Resume with the settings it was saved with")
+        for name in sorted(self._averages.keys() & tensors.keys()):
+            ours, theirs = self._averages[name], tensors[name]
             if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
                 raise CheckpointError(
                     f"ema.safetensors: {name} is {theirs.dtype} {tuple(theirs.shape)}, and this model needs "
                     f"{ours.dtype} {tuple(ours.shape)}. Resume with the model it was saved with"
                 )
-        for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            ours.copy_(theirs)
+        told = {"begins with the present weights": new, "is kept no longer": gone}
+        return [f"the average of {len(some)} parameters {what} ({some[0]}, …)" for what, some in told.items() if some]
 
 
 class NoEMA:
@@ -127,8 +133,8 @@ class NoEMA:
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        pass
+    def load(self, tensors: Mapping[str, Tensor], *, changed: bool = False) -> list[str]:
+        return []
 
 
 @torch.no_grad()

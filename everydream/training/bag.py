@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -23,7 +24,7 @@ from everydream.models.files import CopyOf, FileContent, TensorFile
 from everydream.models.writing import single_file
 from everydream.optim.ema import EMA, NoEMA
 from everydream.training import optimizer_state
-from everydream.training.checkpoint import find_latest
+from everydream.training.checkpoint import Skipped, find_latest
 from everydream.training.saver import Contents, Exports
 from everydream.training.state import TrainState
 from everydream.training.storage import Bytes, Content, Copy
@@ -31,6 +32,8 @@ from everydream.training.tensorfile import Tensors, read_tensors
 
 MODEL, OPTIMIZER, EMA_FILE, STATE, DATA = "model", "optimizer.safetensors", "ema.safetensors", "state.json", "data.json"
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
+
+RUN_KEY = "everydream.run"  # in a single file's metadata
 
 Captured = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -93,18 +96,21 @@ class Bag:
         tensors = read_tensors(checkpoint / OPTIMIZER)
         notes = optimizer_state.restore(self.optimizers, self.trained, tensors, saved.optimizers, changed=changed)
         if (checkpoint / EMA_FILE).is_file():
-            self.ema.load(read_tensors(checkpoint / EMA_FILE))
+            notes += self.ema.load(read_tensors(checkpoint / EMA_FILE), changed=changed)
         if self.scaler is not None and saved.scaler:
             self.scaler.load_state_dict(saved.scaler)
         return notes
 
-    def reload_latest(self) -> int | None:
-        """For a roll-back: the newest valid checkpoint's weights, optimizers and average; the clock goes on."""
-        found = find_latest(self.checkpoints)
+    def reload_latest(self, before: int) -> tuple[int | None, tuple[Skipped, ...]]:
+        """For a roll-back: weights, optimizers and average of the newest valid checkpoint of a step before `before`.
+
+        Returns its step, and the ones that could not be used. The clock goes on.
+        """
+        found = find_latest(self.checkpoints, before)
         if found.path is None:
-            return None
+            return None, found.skipped
         self.restore(found.path, weights=True)
-        return read_state(found.path).step
+        return read_state(found.path).step, found.skipped
 
 
 def read_state(checkpoint: Path) -> TrainState:
@@ -122,7 +128,9 @@ def put(tensors: Mapping[str, Tensor], named: Mapping[str, Parameter]) -> None:
         parameter.copy_(tensors[name])
 
 
-def export(checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str, averaged: bool = True) -> Content:
+def export(
+    checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str, run: str, averaged: bool = True
+) -> Content:
     """A checkpoint as one file in the original layout, with the averaged weights where there are any and `averaged`."""
     average = read_tensors(checkpoint / EMA_FILE) if averaged and (checkpoint / EMA_FILE).is_file() else {}
     made = single_file(
@@ -130,10 +138,19 @@ def export(checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str, ave
         dtype=dtype,
         title=title,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        metadata={"everydream.recipe": recipe},
+        metadata={"everydream.recipe": recipe, RUN_KEY: run},
         replaced=average,
     )
     return as_content(made)
+
+
+def exported_by(path: Path) -> str | None:
+    """The folder name of the run that made this file; None where it does not say."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(RUN_KEY)
+    except (OSError, SafetensorError):
+        return None
 
 
 def as_content(content: FileContent) -> Content:

@@ -29,7 +29,7 @@ from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
 from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
-from everydream.training.bag import Bag, export
+from everydream.training.bag import Bag, export, exported_by
 from everydream.training.checkpoint import clean, folders, name_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
@@ -81,7 +81,7 @@ def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
             return 0
         build = Build(prepared)
         signum = work(build)
-        code, reason = (128 + signum, f"stopped by signal {signum}, and saved") if signum else (0, "finished")
+        code, reason = (128 + signum, build.stopped_by(signum)) if signum else (0, "finished")
     except EveryDreamError as error:
         code, reason = error.exit_code, str(error)
         # A picture that one process alone cannot read is told by that one; all else all of them know.
@@ -113,20 +113,37 @@ class Build:
         self.folder: Path | None = None
         self.loader: Loader | None = None
         self.saver: Saver | None = None
+        self.running: Trainer | None = None
         self._said: set[str] = set()
         self._held = prepared.old_run  # its lock is ours until the end
 
     def run(self) -> int:
         """Returns the signal that ended the run, 0 for none."""
         start, total = self.prepared.start, self.prepared.clock.total_steps
-        if start.checkpoint is not None and start.state.step >= total:
+        if start.checkpoint is not None and start.state.step >= total and not self._owes():
             self.console.say(f"{start.folder} is finished already, at step {start.state.step}: nothing to do")
             return 0
         self._say_start()
         trainer = self.trainer()
-        signum = train(trainer)
+        try:
+            signum = train(trainer)
+        except (DataError, RuntimeError) as error:
+            if isinstance(error, DataError) or is_lost_process(error):
+                trainer.rescue()
+            raise
         self._say_results(trainer, signum)
         return signum
+
+    def stopped_by(self, signum: int) -> str:
+        return f"stopped by signal {signum}, " + (
+            "and saved" if self.state.step else "before there was anything to save"
+        )
+
+    def _owes(self) -> bool:
+        """Whether a stop came between the run's last update and its last preview or validation."""
+        state, validation = self.prepared.start.state, self.prepared.resolved.validation
+        previews = self.settings.sample_prompts is not None and self.settings.sample_steps
+        return bool((previews and state.previewed < state.step) or (validation and state.validated < state.step))
 
     def cache(self) -> int:
         self.load()
@@ -139,6 +156,9 @@ class Build:
     def close(self, code: int, reason: str) -> None:
         if self.saver is not None:
             self.saver.join()
+        if self.running is not None:
+            with contextlib.suppress(Exception):  # what is wrong is being told already
+                self.running.report_saves()
         if self.loader is not None:
             self.loader.close()
         self.log.close(code, reason)
@@ -170,7 +190,7 @@ class Build:
         if prepared.has_class:
             make_class_pictures(prepared, self.family)
             samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
-            prepared.compare("class", samples, prepared.start.state.class_epoch)
+            prepared.compare("class", samples, prepared.start.state.next_class_epoch)
             self.sets["class"] = prepared.picture_set("class", samples)
 
     def trainer(self) -> Trainer:
@@ -190,7 +210,9 @@ class Build:
         )
         if ranks.is_main:
             with contextlib.suppress(OSError):  # what cannot be removed harms nobody
-                clean(self.exports, name=f"{settings.project_name}-step-")
+                # Others may be writing into a folder that was given, so only what this run may have left there goes.
+                step = name_of(start.state.step) if settings.save_ckpt_dir else "step-"
+                clean(self.exports, name=f"{settings.project_name}-{step}")
         self._open_log()
 
     def _make_state(self) -> None:
@@ -260,7 +282,7 @@ class Build:
             keep_last=settings.keep_last,
             last=prepared.start.checkpoint,
         )
-        trainer = Trainer(
+        self.running = trainer = Trainer(
             state=self.state,
             clock=prepared.clock,
             class_epoch=self.sets["class"].plan.epoch_of if "class" in self.sets else lambda micro_batch: 0,
@@ -381,10 +403,13 @@ class Build:
         settings = self.settings
         if not settings.save_single_file:
             return {}
+        assert self.folder is not None
         target = self.exports / f"{settings.project_name}-{name_of(step)}.safetensors"
+        if target.exists() and exported_by(target) != self.folder.name:
+            target = self.exports / f"{self.folder.name}-{name_of(step)}.safetensors"
         recipe = json.dumps(for_others(self.prepared.record), ensure_ascii=False)
         return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe,
-                                averaged="exports" in settings.ema_use)}  # fmt: skip
+                                run=self.folder.name, averaged="exports" in settings.ema_use)}  # fmt: skip
 
     @property
     def exports(self) -> Path:
@@ -422,4 +447,4 @@ class Build:
             if path is not None:
                 self.console.say(f"{name + ':':18}{path}")
         if signum:
-            self.console.say("stopped and saved; go on with --resume latest")
+            self.console.say(self.stopped_by(signum) + ("; go on with --resume latest" if self.state.step else ""))

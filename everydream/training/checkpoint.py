@@ -196,10 +196,12 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def find_latest(checkpoints: Path) -> Found:
-    """The valid checkpoint of the highest step, with the ones above it that were skipped."""
+def find_latest(checkpoints: Path, before: int | None = None) -> Found:
+    """The valid checkpoint of the highest step (below `before`), with the ones above it that were skipped."""
     skipped: list[Skipped] = []
     for folder in folders(checkpoints):
+        if before is not None and (step_of(folder) or 0) >= before:
+            continue
         problems = verify(folder)
         if not problems:
             return Found(folder, tuple(skipped))

@@ -5,7 +5,10 @@ Everything here is a function of the step, so that a resumed run does the same t
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,29 +23,36 @@ class Clock:
     per_update: int
     total_steps: int
 
-    def epoch(self, step: int) -> int:
-        """The epoch, from 0, in which the next micro-batch is cut."""
-        return self.plan.epoch_of(step * self.per_update)
-
     def epochs_trained(self, step: int) -> float:
         """At this update border; 1.5: half of the second epoch's micro-batches are done. Whole where an epoch ends."""
+        return float(self._trained(step))
+
+    def _trained(self, step: int) -> Fraction:
         done = step * self.per_update
         if done <= self.plan.start[0]:
-            return float(self.plan.start[1])
+            return Fraction(self.plan.start[1])
         epoch = self.plan.epoch_of(done - 1)
         begin, end = self.plan.micro_batches(epoch), self.plan.micro_batches(epoch + 1)
-        return epoch + (done - begin) / (end - begin)
+        return epoch + Fraction(done - begin, end - begin)
 
     def epochs_ended(self, step: int) -> int:
         """Epochs whose last micro-batch lies at or before this update border."""
-        return int(self.epochs_trained(step))
+        return int(self._trained(step))
 
     def ends_epoch(self, step: int, every: float) -> bool:
         """Whether a multiple of `every` epochs ends with the update before this border."""
-        return step > 0 and self.epochs_trained(step) // every > self.epochs_trained(step - 1) // every
+        exact = Fraction(str(every))  # 0.2 in binary is a little more, and its fifth multiple not quite an epoch
+        return step > 0 and self._trained(step) // exact > self._trained(step - 1) // exact
 
-    def steps_of_epoch_ends(self, every: float) -> list[int]:
-        return [step for step in range(1, self.total_steps + 1) if self.ends_epoch(step, every)]
+    def steps_of_epoch_ends(self, every: float) -> Iterator[int]:
+        """One after the other, for a run may be long."""
+        exact, step = Fraction(str(every)), 0
+        while True:
+            due = (self._trained(step) // exact + 1) * exact
+            step = bisect_left(range(self.total_steps + 1), due, lo=step + 1, key=self._trained)
+            if step > self.total_steps:
+                return
+            yield step
 
 
 @dataclass

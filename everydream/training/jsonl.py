@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from everydream.training.storage import Bytes, write_atomically
+
 PENDING_LINES = 10_000  # kept in memory while the disk refuses them, a few MB at most
 
 
@@ -114,10 +116,5 @@ def cut_back(path: Path, step: int) -> int:
     removed = sum(1 for line in lines if line) - len(kept)
     if removed == 0 and lines[-1] == b"":
         return 0
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomically(path, Bytes(b"".join(line + b"\n" for line in kept)))
     return removed

@@ -29,8 +29,11 @@ class Lock:
         self._path = path  # without links, while it is held
         self.warning = ""  # that it could not be had, where the file system has no locks
 
-    def take(self) -> None:
-        """Raises ConfigError if another holds it, SaveError if the folder cannot be written to."""
+    def take(self, *, sign: bool = True) -> None:
+        """`sign`: write down who holds it, for those who meet it.
+
+        Raises ConfigError if another holds it, SaveError if the folder cannot be written to.
+        """
         path = self._path = self.path.resolve()
         if path in _held:
             raise ConfigError(f"{path.parent} is in use by this very process")
@@ -53,9 +56,16 @@ class Lock:
             ) from error
         _held[path] = self
         self._handle = handle
+        if sign:
+            self.sign()
+
+    def sign(self) -> None:
+        if self._handle is None:
+            return
         with suppress(OSError):  # on a full disk the lock holds all the same; who holds it is a courtesy
-            os.ftruncate(handle, 0)
-            os.write(handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+            os.ftruncate(self._handle, 0)
+            os.lseek(self._handle, 0, os.SEEK_SET)
+            os.write(self._handle, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
 
     def release(self) -> None:
         if self._handle is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from textwrap import indent
@@ -56,19 +58,17 @@ def _steps(prepared: Prepared) -> Iterator[str]:
     settings, clock, plan = prepared.settings, prepared.clock, prepared.subject.plan
     total = clock.total_steps
     epochs = clock.epochs_ended(total)
-    yield f"micro-batches an epoch: {plan.micro_batches(plan.start[1] + 1) - plan.start[0]} of {settings.batch_size}"
+    first = plan.micro_batches(plan.start[1] + 1) - plan.start[0]
+    yield f"micro-batches of {settings.batch_size}: {first} in the first epoch; what fills none waits for the next"
     yield (
         f"an update: {settings.batch_size} × {prepared.accumulation} accumulated × {prepared.ranks.count} processes = "
         f"{settings.batch_size * prepared.per_update} pictures"
     )
     yield f"steps an epoch: {total / epochs:.4g}" if epochs else "steps an epoch: fewer than one epoch is trained"
     yield f"total steps: {total}, epochs: {epochs}"
-    saves = [s for s in range(1, total + 1) if settings.save_every_n_steps and s % settings.save_every_n_steps == 0]
-    if settings.save_every_n_epochs:
-        saves += clock.steps_of_epoch_ends(settings.save_every_n_epochs)
-    yield f"saves after step: {_listed({*saves, total})}"
+    yield f"saves after step: {_listed(_saves(prepared), total)}"
     if settings.sample_prompts is not None and settings.sample_steps:
-        yield f"previews at step: {_listed({*range(0, total + 1, settings.sample_steps), total})}"
+        yield f"previews at step: {_listed(range(0, total, settings.sample_steps), total)}"
         yield from _prompts(prepared)
     yield from prepared.rests()
 
@@ -82,11 +82,22 @@ def _prompts(prepared: Prepared) -> Iterator[str]:
         yield from (f"no previews: {problem}" for problem in error.problems)
 
 
-def _listed(steps: Iterable[int]) -> str:
-    ordered = sorted(steps)
-    if len(ordered) <= SHOWN_STEPS:
-        return ", ".join(map(str, ordered))
-    return ", ".join(map(str, ordered[: SHOWN_STEPS - 1])) + f", … {ordered[-1]} ({len(ordered)} in all)"
+def _saves(prepared: Prepared) -> Iterator[int]:
+    """The steps before the last one, in order; some twice."""
+    settings, clock = prepared.settings, prepared.clock
+    every = settings.save_every_n_steps
+    by_steps = range(every, clock.total_steps, every) if every else range(0)
+    by_epochs = clock.steps_of_epoch_ends(settings.save_every_n_epochs) if settings.save_every_n_epochs else ()
+    return heapq.merge(by_steps, by_epochs)
+
+
+def _listed(steps: Iterable[int], last: int) -> str:
+    """The first ones and the last one; a run may have any number of them."""
+    several = (step for step, _ in itertools.groupby(steps) if step < last)
+    first = list(itertools.islice(several, SHOWN_STEPS))
+    if len(first) < SHOWN_STEPS:
+        return ", ".join(map(str, [*first, last]))
+    return ", ".join(map(str, first[:-1])) + f", … {last}"
 
 
 def _memory(prepared: Prepared) -> Iterator[str]:

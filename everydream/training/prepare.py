@@ -203,7 +203,7 @@ class Prepared:
         self.sampling = Sampling(seed=settings.seed, width=width, height=height, size_step=step)
         samples = self.scan("subject", settings.data_root, settings.instance_prompt)
         self.fingerprints: dict[str, Fingerprint] = {}
-        self.compare("subject", samples, self.start.state.epoch)
+        self.compare("subject", samples, self.start.state.next_epoch)
         samples, self.validation_sets = self._hold_out(samples)
         self.subject = self.picture_set("subject", samples)
         plan = self.subject.plan
@@ -222,7 +222,7 @@ class Prepared:
         self.clock = Clock(plan, self.per_update, total)
 
     def compare(self, name: str, samples: Sequence[Sample], epoch: int) -> None:
-        """With what the checkpoint was trained on; accepted changes begin with the epoch after `epoch`, where it was.
+        """With what the checkpoint was trained on; accepted changes begin with `epoch`.
 
         Raises DataError. Subject and class are compared each by itself: new ones of one leave the other's plan alone.
         """
@@ -230,7 +230,7 @@ class Prepared:
         changed = check_data(self.start, name, now, self.settings.accept_data_changes)
         if changed:
             state = self.start.state
-            state.plan_starts[name] = [state.step * self.per_update, epoch + 1]
+            state.plan_starts[name] = [state.step * self.per_update, epoch]
             self.notes += [f"{name} pictures since the checkpoint: {line}" for line in changed]
 
     def rests(self) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from everydream.data.fingerprint import Fingerprint
 from everydream.data.fingerprint import changes as data_changes
-from everydream.errors import ConfigError, DataError
+from everydream.errors import ConfigError, DataError, SaveError
 from everydream.runtime import Ranks
 from everydream.training.bag import DATA, MODEL, read_state
 from everydream.training.checkpoint import clean
@@ -52,8 +52,9 @@ def find_start(resume: str | None, logdir: Path, project_name: str, ranks: Ranks
                 found.run.lock.release()
             return Start(notes=(found.note,), warnings=skipped)
         run.append(found.run)
-        seed = json.loads(found.run.config.read_bytes())["settings"]["seed"]["value"]
-        return Start(found.run.folder, found.checkpoint, read_state(found.checkpoint), seed, warnings=skipped)
+        state = read_state(found.checkpoint)
+        seed = found.run.record_at(state.step)["settings"]["seed"]["value"]
+        return Start(found.run.folder, found.checkpoint, state, seed, warnings=skipped)
 
     start: Start = on_main(ranks, find)
     return start, run[0] if run else None
@@ -63,8 +64,7 @@ def check_settings(start: Start, record: Mapping[str, Any], changes: Any, resume
     """Lines to print on what changed since the run was started. Raises ConfigError on what makes it another run."""
     if start.folder is None:
         return []
-    old = json.loads((start.folder / "config.json").read_bytes())
-    safe, refused = changes(old, record)
+    safe, refused = changes(Run(start.folder).record_at(start.state.step), record)
     if refused and not resume_changed:
         raise ConfigError(
             [
@@ -118,10 +118,14 @@ def begin_run(
         if run is None:
             made = make_run(logdir, project_name, project_name, record)
             return made.folder, made
-        clean(run.checkpoints)
-        supersede(run.checkpoints, start.state.step)
-        cut_back(run.folder, start.state.step)
-        run.write_config(record)
+        run.lock.sign()
+        try:
+            clean(run.checkpoints)
+            run.write_config(record, start.state.step)  # before all that cannot be taken back: a full disk shows here
+            supersede(run.checkpoints, start.state.step)
+            cut_back(run.folder, start.state.step)
+        except OSError as error:
+            raise SaveError(f"cannot go on in {run.folder}: {error.strerror or error}") from error
         return run.folder, run
 
     made: list[Run] = []

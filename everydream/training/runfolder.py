@@ -17,7 +17,7 @@ from typing import Any
 from everydream.errors import CheckpointError, ConfigError, SaveError
 from everydream.training.checkpoint import MANIFEST, Skipped, find_latest, folders, step_of, verify
 from everydream.training.lock import Lock
-from everydream.training.storage import DISK, Bytes, Files, make_folders, write_atomically
+from everydream.training.storage import DISK, Bytes, Files, make_folders, removed_on_error, write_atomically
 
 CONFIG = "config.json"
 
@@ -59,11 +59,31 @@ class Run:
 
     @property
     def counter(self) -> int:
-        return int(self.about.get("counter", 0))
+        counter = self.about.get("counter")
+        return counter if type(counter) is int else 0
 
-    def write_config(self, record: Mapping[str, Any], files: Files = DISK) -> None:
-        """Replace config.json's settings; what it says about the run itself stays."""
-        _write_json(self.config, {**record, "run": self.about}, files)
+    def record_at(self, step: int) -> dict[str, Any]:
+        """The record of the settings that a checkpoint of this step was trained with. Raises CheckpointError."""
+        try:
+            content = json.loads(self.config.read_bytes())
+            earlier = [one for one in content["run"].get("earlier", []) if step <= one["until_step"]]
+            record = {**content, **earlier[0]} if earlier else content
+            record["settings"]["seed"]["value"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{self.config} is not whole ({type(error).__name__}: {error}): what this run was trained with is not "
+                "known. Put a copy of it back, or start anew with base_model set to a checkpoint's model folder"
+            ) from error
+        return record
+
+    def write_config(self, record: Mapping[str, Any], step: int, files: Files = DISK) -> None:
+        """The settings from `step` on. Those of the checkpoints until then stay, where they are others."""
+        about, before = self.about, self.record_at(step)
+        earlier = [one for one in about.pop("earlier", []) if one["until_step"] < step]
+        if _values(before) != _values(record):
+            earlier.append({"until_step": step, **{key: before[key] for key in ("processes", "settings")}})
+        about |= {"earlier": earlier} if earlier else {}
+        _write_json(self.config, {**record, "run": about}, files)
 
 
 def make_run(
@@ -79,11 +99,11 @@ def make_run(
     now = now or datetime.now(timezone.utc)
     try:
         make_folders(files, logdir)
-        folder = _make_new(logdir, f"{name}-{now:%Y%m%d-%H%M%S}", files)
-        run = Run(folder)
+        run = Run(_make_new(logdir, f"{name}-{now:%Y%m%d-%H%M%S}", files))
         run.lock.take()
         about = {"counter": 1 + max((run.counter for run in runs(logdir)), default=0), "project_name": project_name}
-        _write_json(run.config, {**record, "run": {**about, "created": now.isoformat(timespec="seconds")}}, files)
+        with removed_on_error(run.folder, files):
+            _write_json(run.config, {**record, "run": {**about, "created": now.isoformat(timespec="seconds")}}, files)
     except OSError as error:
         raise SaveError(f"cannot make a run folder in {logdir}: {error.strerror or error}") from error
     return run
@@ -97,6 +117,10 @@ def _make_new(logdir: Path, name: str, files: Files) -> Path:
             files.sync_folder(logdir)
             return folder
     raise AssertionError
+
+
+def _values(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: entry["value"] for key, entry in record["settings"].items()} | {"": record.get("processes")}
 
 
 def _write_json(path: Path, content: Mapping[str, Any], files: Files) -> None:
@@ -137,6 +161,7 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
     """
     if resume == "latest":
         found = runs(logdir, project_name)
+        refuse_nameless(logdir, project_name)
         if not found:
             return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew")
         return _latest_of(found[0])
@@ -155,8 +180,20 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
     return _this_one(run, path)
 
 
+def refuse_nameless(logdir: Path, project_name: str) -> None:
+    """Raises CheckpointError where a folder called like this project's runs holds checkpoints, and no config.json that
+    tells when it was made: it may be the latest."""
+    for path in sorted(logdir.glob(f"{project_name}-*/checkpoints")):
+        run = Run(path.parent)
+        if folders(path) and not run.about:
+            raise CheckpointError(
+                f"{run.config} is missing or not whole, so that the latest run cannot be told. Put a copy of it back, "
+                "move the folder away, or name the run with --resume"
+            )
+
+
 def _latest_of(run: Run) -> Resume:
-    run.lock.take()
+    run.lock.take(sign=False)  # nothing is touched before it is known that the run goes on
     found = find_latest(run.checkpoints)
     if found.path:
         return Resume(run, found.path, found.skipped)
@@ -170,7 +207,7 @@ def _latest_of(run: Run) -> Resume:
 
 
 def _this_one(run: Run, checkpoint: Path) -> Resume:
-    run.lock.take()
+    run.lock.take(sign=False)
     problems = verify(checkpoint)
     if not problems:
         return Resume(run, checkpoint)

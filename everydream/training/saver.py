@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from everydream.errors import SaveError
 from everydream.training import hostmemory
@@ -58,9 +61,10 @@ class Saver:
         self._memory = HostMemory()
         self._copied = threading.Event()
         self._copied.set()
-        self._held_s = 0.0
+        self._held_s: dict[int, float] = {}  # by step: training's thread counts, and may do so after the writer is done
+        self._copying = 0
         self._thread: threading.Thread | None = None
-        self._done: list[Saved] = []
+        self._done: deque[Saved] = deque()
         self._error: SaveError | None = None
         self._bug: BaseException | None = None
 
@@ -75,17 +79,23 @@ class Saver:
         in_background = self._background and not wait
         short_of = self._short_of(contents) if in_background else ""
         if not in_background or short_of:
-            self._run(Saved(step, warnings=(short_of,) if short_of else ()), lambda: contents, exports or {}, began)
+            self._run(Saved(step), lambda: (contents, short_of), exports or {}, began)
             return
         live, ready = [contents], finished()
 
-        def copy() -> Contents:
+        def copy() -> tuple[Contents, str]:
             contents = live.pop()  # nobody else holds what was made for this save alone: it goes once it is copied
-            return {**contents, **self._memory.copy(_tensors(contents), ready)}
+            try:
+                return {**contents, **self._memory.copy(_tensors(contents), ready)}, ""
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._memory = HostMemory()
+                return contents, f"no memory for a background save ({error}): training waits for this save"
 
         arguments = (Saved(step, background=True), copy, exports or {}, began)
         self._copied.clear()
-        self._held_s = time.perf_counter() - began
+        self._copying, self._held_s[step] = step, time.perf_counter() - began
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save step {step}")
         self._thread.start()
 
@@ -94,7 +104,7 @@ class Saver:
         if not self._copied.is_set():
             began = time.perf_counter()
             self._copied.wait()
-            self._held_s += time.perf_counter() - began
+            self._held_s[self._copying] += time.perf_counter() - began
 
     def join(self) -> None:
         """Wait for the save under way: before a roll-back, and before the end."""
@@ -106,8 +116,13 @@ class Saver:
         """The saves that have ended since the last call; does not wait. An error of ours in the writer is raised."""
         if self._bug is not None:
             raise self._bug
-        done, self._done = self._done, []
-        return done
+        done = [self._done.popleft() for _ in range(len(self._done))]
+        return [replace(saved, held_s=self._held_s.pop(saved.step, saved.seconds)) for saved in done]
+
+    def has_failed(self) -> bool:
+        """Whether the last save has; waits for it."""
+        self.join()
+        return self.failures > 0
 
     def require(self) -> None:
         """Raises SaveError if the last save failed; waits for it. For the last save of a run and one on a signal."""
@@ -117,17 +132,21 @@ class Saver:
         if self.failures:
             raise SaveError(f"the last {self.failures} saves failed: {self._error}")
 
-    def _run(self, saved: Saved, gather: Callable[[], Contents], exports: Exports, began: float) -> None:
+    def _run(self, saved: Saved, take: Callable[[], tuple[Contents, str]], exports: Exports, began: float) -> None:
+        """`take`: the contents, and why they are live tensors, if they are: those must stay as they are until then."""
         try:
-            try:
-                contents = gather()
-            finally:
+            contents, live_because = take()
+            if live_because:
+                saved = replace(saved, warnings=(live_because,))
+            else:
                 self._copied.set()
             saved = self._write(saved, contents, exports)
         except BaseException as error:
             self._bug = error
-        seconds = time.perf_counter() - began
-        self._done.append(replace(saved, seconds=seconds, held_s=self._held_s if saved.background else seconds))
+        finally:
+            self._copied.set()
+        saved = replace(saved, seconds=time.perf_counter() - began)
+        self._done.append(saved)  # whole: `outcomes` may be called at any moment
 
     def _write(self, saved: Saved, contents: Contents, exports: Exports) -> Saved:
         try:
@@ -186,6 +205,11 @@ class Saver:
             f"a background save would need {needed / 1e9:.1f} GB more memory and {max(free, 0) / 1e9:.1f} GB are free: "
             "training waits for this save"
         )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a class of its own for a card's memory only."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error)
 
 
 def _tensors(contents: Contents) -> dict[str, Tensors]:

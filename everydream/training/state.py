@@ -18,6 +18,8 @@ class TrainState:
     step: int = 0
     epoch: int = 0  # 0-based, of the next micro-batch
     class_epoch: int = 0  # the same for class pictures, whose plan has epochs of its own
+    is_epoch_new: bool = False  # whether the next micro-batch is its epoch's first
+    is_class_epoch_new: bool = False
     images_seen: int = 0  # subject pictures
     class_images_seen: int = 0
     loss_sum: float = 0.0  # over the pictures since the last line of metrics.jsonl, for the next line's mean
@@ -35,6 +37,15 @@ class TrainState:
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)  # float16's loss scale
     optimizers: dict[str, Any] = field(default_factory=dict)  # what optimizer.safetensors lacks (optimizer_state)
+
+    @property
+    def next_epoch(self) -> int:
+        """The first epoch of which nothing was trained."""
+        return self.epoch + (not self.is_epoch_new)
+
+    @property
+    def next_class_epoch(self) -> int:
+        return self.class_epoch + (not self.is_class_epoch_new)
 
     def to_json(self) -> bytes:
         return json.dumps({"format": FORMAT, **asdict(self)}, allow_nan=False).encode()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from everydream.training.profile import NoProfile
 from everydream.training.saver import FAILURES, Saver
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from everydream.optim.ema import EMA, NoEMA
     from everydream.runtime import Ranks
     from everydream.training.bag import Bag
@@ -81,6 +83,7 @@ class Trainer:
     _last_save: float = field(default_factory=time.monotonic)
     _last_report: float = field(default_factory=time.perf_counter)
     _images_at_report: int = 0
+    _whole_at: int = -1  # the step whose update was made in all its parts
 
     def __post_init__(self) -> None:
         self.update.flags, self.update.settle = self._flags, self.saver.settle
@@ -90,8 +93,9 @@ class Trainer:
 
     def report(self) -> None:
         """A line of metrics.jsonl every log_step updates: the mean loss over the pictures since the last line."""
-        self._report_saves()
+        self.report_saves()
         state = self.state
+        self._whole_at = state.step
         if not self.report_due(state.step) or self.verdict is None:
             return
         now = time.perf_counter()
@@ -115,48 +119,62 @@ class Trainer:
 
     def preview(self) -> None:
         if self.preview_due(self.state.step):
+            made: Sequence[Path] = ()
             with self.profile("preview"), self._failure_is_reported("the preview"), self.evaluating("previews"):
-                self.previews(self.state.step)
-            if not self._is_stopping():
+                made = self.previews(self.state.step)
+            if not self._stop_at_once() or made:
                 self.state.previewed = self.state.step
 
     def validate(self) -> None:
         if self.validation_due(self.state.step):
+            values: Mapping[str, float] = {}
             with self.profile("validation"), self._failure_is_reported("the validation"), self.evaluating("validation"):
                 values = self.validation(self.state.step)
                 if values:
                     self.log.metrics(self.state.step, values)
-            if not self._is_stopping():
+            if not self._stop_at_once() or values:
                 self.state.validated = self.state.step
 
     def save(self) -> None:
         """What is due on this step, or what a stop or the end of the run asks for. Never at step 0."""
         step, is_last = self.state.step, self.is_over()
-        due = self.save_due(step) or self.save_is_due or (is_last and self.save_due.last != step)
-        if not due or step == 0:
+        if step == 0:
             return
+        due = self.save_due(step) or self.save_is_due
+        if is_last and not due:
+            due = self.save_due.last != step or on_main(self.ranks, self.saver.has_failed)
+        if due:
+            self._save(wait=is_last)
+        if is_last:
+            on_main(self.ranks, self.saver.require)
+        if not due:
+            return
+        if self.plugins.has("after_save"):
+            self.saver.settle()  # a plugin may change what it likes
+            self.plugins.after_save(self)
+
+    def _save(self, *, wait: bool) -> None:
+        step = self.state.step
         self.save_due.last, self.save_is_due, self._last_save = step, False, time.monotonic()
         if self.ranks.is_main:
             with self.profile("save"):
                 self.log.sync()
                 optimizers = self.bag.capture()  # with the training weights, before averaged ones take their place
                 with averaged(self.parts):
-                    self.saver.save(step, *self.bag.contents(optimizers), wait=is_last)
+                    self.saver.save(step, *self.bag.contents(optimizers), wait=wait)
                     if any(part.has_train_eval for part in self.parts.values()):
                         self.saver.settle()
-        if is_last:
-            on_main(self.ranks, self.saver.require)
-        self._report_saves()
-        if self.plugins.has("after_save"):
-            self.saver.settle()  # a plugin may change what it likes
-            self.plugins.after_save(self)
+        self.report_saves()
+
+    def rescue(self) -> None:
+        """A picture cannot be read any more, or a process has died: rank 0 alone saves what was learnt until now."""
+        if self.ranks.is_main and 0 < self.state.step == self._whole_at != self.save_due.last:
+            self._save(wait=True)
 
     def is_over(self) -> bool:
         return bool(self.stop_signal or self._stop_reason) or self.state.step >= self.clock.total_steps
 
     def finish(self) -> int:
-        self.saver.join()
-        self._report_saves()
         self.profile.close()
         self.plugins.before_exit(self)
         return self.stop_signal
@@ -176,8 +194,11 @@ class Trainer:
         state.step += 1
         state.images_seen += pictures
         state.class_images_seen += pictures * update.has_class
-        state.epoch = self.clock.epoch(state.step)
-        state.class_epoch = self.class_epoch(state.step * self.clock.per_update)
+        index = state.step * self.clock.per_update
+        state.epoch, before = self.clock.plan.epoch_of(index), self.clock.plan.epoch_of(index - 1)
+        state.is_epoch_new = state.epoch > before
+        state.class_epoch, before = self.class_epoch(index), self.class_epoch(index - 1)
+        state.is_class_epoch_new = state.class_epoch > before
         shown = {f"lr_{name}": lr for name, lr in self.lrs.items()}
         if verdict.is_finite:
             state.loss_sum += verdict.loss_sum
@@ -192,6 +213,7 @@ class Trainer:
         self.save_is_due = verdict.save_is_due
         self.log.progress(state.step, shown | {"epoch": state.epoch, "images_seen": state.images_seen})
         if verdict.failed_saves >= FAILURES:
+            self.report_saves()
             raise SaveError(f"{verdict.failed_saves} saves in a row failed, see the warnings above. Nothing was lost "
                             "before them: make room, then go on with --resume latest")  # fmt: skip
 
@@ -228,12 +250,15 @@ class Trainer:
         return self.state.step - step
 
     def _roll_back(self) -> None:
-        """Reload the last good checkpoint and go on after the pictures that led here."""
+        """Reload the last checkpoint from before the trouble and go on after the pictures that led here."""
         state, advice = self.state, "Lower lr, set clip_grad_norm, or leave out the pictures named above"
         if len(state.rollbacks) + 1 >= ROLL_BACKS_BEFORE_END:
             raise DivergedError(f"step {state.step}: diverged again after a roll-back. {advice}")
         on_main(self.ranks, self.saver.join)
-        step = self.bag.reload_latest()
+        first = state.step - max(0, self._skips_in_a_row() - 1)
+        step, unusable = self.bag.reload_latest(before=first)
+        for skipped in unusable:
+            self.log.event("roll_back", str(skipped), "warning", todo="An older checkpoint is used.")
         if step is None:
             raise DivergedError(f"step {state.step}: diverged, and there is no checkpoint to go back to. {advice}")
         state.rollbacks.append([state.step, step])
@@ -242,16 +267,19 @@ class Trainer:
 
     # Helpers
 
-    def _is_stopping(self) -> bool:
-        """Whether a signal has reached any process: previews and validation end at once then, without a result."""
-        return any(self.ranks.gather(self.update.stop.signum))
+    def _stop_at_once(self) -> bool:
+        """Whether a signal has reached any process: previews and validation end at once then, and so does the run."""
+        signums = self.ranks.gather(self.update.stop.signum)
+        self.stop_signal = self.stop_signal or next(filter(None, signums), 0)
+        return bool(self.stop_signal)
 
     def _flags(self) -> tuple[bool, int]:
         """Rank 0's clock and saver, for all: they travel with the update's host read."""
         due = self.save_every_s is not None and time.monotonic() - self._last_save >= self.save_every_s
         return due and self.ranks.is_main, self.saver.failures * self.ranks.is_main
 
-    def _report_saves(self) -> None:
+    def report_saves(self) -> None:
+        """What became of the saves that have ended since."""
         for saved in self.saver.outcomes():
             if saved.error is not None:
                 todo = "Training goes on and tries again at the next interval: make room, or mend the folder."

@@ -15,12 +15,14 @@ import pytest
 import torch
 
 from everydream.training import checkpoint
+from everydream.training.previews import Previews
 from everydream.training.runfolder import runs
 from everydream.training.storage import DISK, Files
 from everydream.training.turns import Trainer
 from everydream.training.update import Update
+from everydream.training.validation import Validation
 from tests.faults.conftest import Inject
-from tests.faults.running import World, assert_same_run, lines, newest_checkpoint, newest_run, stop
+from tests.faults.running import CAPTIONS, World, assert_same_run, lines, newest_checkpoint, newest_run, stop
 from tests.tiny import make_pictures
 
 
@@ -67,14 +69,174 @@ def test_a_signal_saves_at_the_boundary_and_is_the_exit_code(
     injected("SIGTERM or SIGINT to script, launcher or process", 1)
 
 
+def test_before_the_first_update_there_is_nothing_to_save_and_it_is_said(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = world.settings("too-early")
+    monkeypatch.setattr(Trainer, "preview", lambda self: stop()())
+    assert world.train(config) == 143
+    run = newest_run(world.logdir(config))
+    assert not (run / "checkpoints").exists()
+    assert events(run, "end")[0]["reason"] == "stopped by signal 15, before there was anything to save"
+
+
+@pytest.mark.parametrize(("full_until", "code"), [(1, 143), (99, 5)])
+def test_a_stop_tries_again_to_save_what_the_last_save_could_not(
+    world: World, monkeypatch: pytest.MonkeyPatch, full_until: int, code: int
+) -> None:
+    full(monkeypatch, set(range(1, full_until + 1)))
+    config = world.settings(f"stop-after-failure-{code}", save_every_n_steps=4, max_steps=9)
+    original = Update.micro_batches
+
+    def stopped(self: Update) -> Any:  # in the update after the failed save, before its first micro-batch
+        if self._indices[0] == 4:
+            stop()()
+        yield from original(self)
+
+    monkeypatch.setattr(Update, "micro_batches", stopped)
+    assert world.train(config) == code
+    run = newest_run(world.logdir(config))
+    assert steps(run) == ([4] if code == 143 else [])
+    assert len(events(run, "save_failed")) == (1 if code == 143 else 2)
+    assert events(run, "end")[0]["code"] == code
+
+
+VALIDATION = {"val_split_mode": "automatic", "auto_split_proportion": 0.3, "every_n_epochs": 0, "every_n_steps": 3}
+
+
+def test_a_signal_in_a_validation_that_ends_all_the_same_repeats_no_line(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world.folder / "val.json").write_text(json.dumps(VALIDATION))
+    straight = world.settings("validated", validation_config="val.json", max_steps=4)
+    assert world.train(straight) == 0
+    config = world.settings("validated-stopped", validation_config="val.json", max_steps=4)
+    original = Validation.__call__
+
+    def stopped(self: Validation, step: int) -> Any:
+        values = original(self, step)
+        if step == 3:
+            stop()()
+        return values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Validation, "__call__", stopped)
+        assert world.train(config) == 143
+    assert steps(newest_run(world.logdir(config)))[-1] == 3, "it ends at once"
+    assert world.train(config, "--resume", "latest") == 0
+    assert_same_run(newest_run(world.logdir(straight)), newest_run(world.logdir(config)))
+
+
+def test_a_signal_in_the_last_preview_is_made_up_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    previews = {"sample_prompts": "prompts.json", "sample_steps": 2, "max_steps": 4}
+    straight, config = world.settings("previewed", **previews), world.settings("previewed-stopped", **previews)
+    assert world.train(straight) == 0
+    original = Previews.__call__
+
+    def stopped(self: Previews, step: int) -> Any:
+        if step == 4:
+            stop()()
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Previews, "__call__", stopped)
+        assert world.train(config) == 143
+    run = newest_run(world.logdir(config))
+    assert steps(run)[-1] == 4 and not list((run / "samples").glob("*4*.png"))
+    assert world.train(config, "--resume", "latest") == 0
+    pictures = [{p.name: p.read_bytes() for p in (newest_run(world.logdir(one)) / "samples").rglob("*.png")}
+                for one in (straight, config)]  # fmt: skip
+    assert pictures[0] == pictures[1]
+    assert world.train(config, "--resume", "latest") == 0
+
+
 # Resuming
+
+
+def test_a_change_that_no_checkpoint_has_seen_is_asked_for_again(
+    world: World, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.01}
+    config = world.settings("changed", before)
+    assert world.train(config, at={2: stop()}) == 143
+    world.settings("changed", {**before, "weight_decay": 0.5})
+    report = Trainer.report
+    with monkeypatch.context() as patch:  # stopped before its first update
+        patch.setattr(Trainer, "report", lambda self: (stop()(), report(self)))
+        assert world.train(config, "--resume", "latest", "--resume_changed") == 143
+    capfd.readouterr()
+    assert world.train(config, "--resume", "latest") == 2
+    assert "weight_decay" in capfd.readouterr().err
+    world.settings("changed", before)
+    assert world.train(config, "--resume", "latest") == 0
+
+
+def test_trained_parts_may_change_with_an_average(world: World) -> None:
+    config = world.settings("averaged", ema_decay_rate=0.9, max_steps=2)
+    assert world.train(config) == 0
+    for more in ({"disable_textenc_training": True, "max_steps": 3}, {"max_steps": 4}):
+        world.settings("averaged", **{"ema_decay_rate": 0.9, **more})
+        assert world.train(config, "--resume", "latest", "--resume_changed") == 0
+
+
+def test_a_disk_that_is_full_when_a_resume_begins_leaves_the_checkpoints_as_they_were(
+    world: World, straight: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = world.settings("full-resume")
+    shutil.copytree(straight, world.logdir(config) / straight.name)
+    run = newest_run(world.logdir(config))
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("everydream.training.runfolder.write_atomically", full)
+    assert world.train(config, "--resume", str(run / "checkpoints" / "step-0000000002")) == 5
+    assert steps(run) == [2, 4, 6]
+
+
+def test_two_runs_that_export_into_one_folder_keep_each_others_files(world: World) -> None:
+    for seed in (5, 77):
+        config = world.settings(f"shared-{seed}", save_ckpt_dir="shared", save_single_file=True, max_steps=2, seed=seed)
+        assert world.train(config) == 0
+    names = sorted(path.name for path in (world.folder / "shared").iterdir())
+    other = newest_run(world.logdir(config)).name
+    assert names == sorted(["faults-step-0000000002.safetensors", f"{other}-step-0000000002.safetensors"])
+
+
+def test_a_picture_that_goes_away_under_way_costs_nothing_that_was_learnt(world: World) -> None:
+    own, name = Path(shutil.copytree(world.folder / "pictures", world.folder / "going")), "going"
+    config = world.settings(name, data_root=str(own), crop_jitter=0.1, save_every_n_steps=None, max_steps=9)
+    gone = {path: path.read_bytes() for path in own.glob("*.png")}
+    assert world.train(config, at={2: lambda: [path.unlink() for path in gone]}) == 2  # type: ignore[func-returns-value]
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [2] and newest_checkpoint(run)
+    for path, content in gone.items():
+        path.write_bytes(content)
+    straight = world.settings(f"{name}-straight", data_root=str(own), crop_jitter=0.1, save_every_n_steps=None,
+                              max_steps=9)  # fmt: skip
+    assert world.train(straight) == 0
+    assert world.train(config, "--resume", "latest") == 0
+    assert_same_run(newest_run(world.logdir(straight)), run)
+
+
+def test_accepted_changes_begin_with_the_first_epoch_of_which_nothing_was_trained(world: World) -> None:
+    own = world.folder / "epochs"
+    make_pictures(own, 8, size=(64, 64), captions=CAPTIONS)
+    config = world.settings("epochs", data_root=str(own), batch_size=4, max_epochs=1, max_steps=None,
+                            write_schedule=True)  # fmt: skip
+    assert world.train(config) == 0
+    next(own.glob("*.txt")).write_text("another")
+    world.settings("epochs", data_root=str(own), batch_size=4, max_epochs=3, max_steps=None, write_schedule=True)
+    assert world.train(config, "--resume", "latest", "--accept_data_changes") == 0
+    schedule = lines(newest_run(world.logdir(config)) / "schedule.jsonl")
+    assert [set(line["epochs"]) for line in schedule] == [{0}, {0}, {1}, {1}, {2}, {2}]
 
 
 def test_finished_already_does_nothing(world: World, straight: Path) -> None:
     config = world.folder / "straight.json"
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != ".lock"}
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
     assert world.train(config, "--resume", "latest") == 0
-    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*") if path.name != ".lock"}
+    assert before == {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
 
 
 def test_nothing_there_starts_anew(world: World) -> None:
@@ -88,10 +250,10 @@ def test_none_valid_is_exit_4_and_touches_nothing(world: World, capfd: pytest.Ca
     assert world.train(config) == 0
     run = newest_run(world.logdir(config))
     (run / "checkpoints" / "step-0000000002" / "state.json").write_bytes(b"")
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
     assert world.train(config, "--resume", "latest") == 4
     assert "state.json: 0 bytes" in capfd.readouterr().err
-    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()}
 
 
 def test_a_damaged_latest_is_said_and_trained_again(world: World, straight: Path, injected: Inject) -> None:
@@ -259,9 +421,9 @@ def test_three_in_a_row_go_back_to_the_last_checkpoint_and_past_the_pictures(
     assert world.train(config) == 0
     run = newest_run(world.logdir(config))
     [back] = events(run, "rolled_back")
-    assert back["to"] == 4  # saved with the weights of step 2
+    assert back["to"] == 2  # step 4 was saved while no update was made: it would lead here again
     state = json.loads((run / "checkpoints" / "step-0000000008" / "state.json").read_bytes())
-    assert state["skipped_steps"] == [3, 4, 5] and state["rollbacks"] == [[5, 4]]
+    assert state["skipped_steps"] == [3, 4, 5] and state["rollbacks"] == [[5, 2]]
     assert steps(run) == [2, 4, 6, 8]
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(run / "metrics.jsonl") if "loss" in line)
     injected("NaN in a loss or in gradients", 3)

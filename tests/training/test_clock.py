@@ -42,4 +42,20 @@ def test_a_resumed_run_does_not_repeat_the_turn_of_its_checkpoint() -> None:
 @pytest.mark.parametrize(("every", "steps"), [(1, [4, 8, 12]), (0.5, [2, 4, 6, 8, 10, 12]), (2, [8]), (1.5, [6, 12])])
 def test_fractions_of_epochs_count_micro_batches(every: float, steps: list[int]) -> None:
     it = clock(8, 2, 1, 12)
-    assert it.steps_of_epoch_ends(every) == steps
+    assert list(it.steps_of_epoch_ends(every)) == steps
+    assert [step for step in range(1, 13) if it.ends_epoch(step, every)] == steps
+
+
+@pytest.mark.parametrize("every", [0.1, 0.2, 0.3, 0.7])
+def test_a_tenth_of_an_epoch_is_a_tenth(every: float) -> None:
+    it = clock(20, 2, 1, 100)
+    tenths = round(every * 10)
+    assert list(it.steps_of_epoch_ends(every)) == list(range(tenths, 101, tenths))
+    assert [step for step in range(1, 101) if it.ends_epoch(step, every)] == list(range(tenths, 101, tenths))
+
+
+def test_a_run_without_an_end_costs_nothing_to_plan() -> None:
+    it = clock(8, 2, 1, 10**9)
+    assert it.epochs_ended(10**9) == 10**9 // 4
+    ends = it.steps_of_epoch_ends(20)
+    assert [next(ends) for _ in range(3)] == [80, 160, 240]

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +24,14 @@ ROOT = Path(__file__).parents[2]
 NOON = datetime(2026, 5, 1, 12, 0, 0, tzinfo=timezone.utc)
 
 
+def record(lr: float = 1.0) -> dict[str, Any]:
+    values = {"seed": 5, "lr": lr}
+    settings = {key: {"value": value, "origin": "train.json"} for key, value in values.items()}
+    return {"format": "everydream-config-1", "processes": 1, "settings": settings}
+
+
 def make(logdir: Path, project: str = "cat", now: datetime = NOON, steps: tuple[int, ...] = ()) -> Run:
-    run = make_run(logdir, project, project, {"format": "everydream-config-1"}, now=now)
+    run = make_run(logdir, project, project, record(), now=now)
     for step in steps:
         checkpoint.commit(run.checkpoints, step, {"state.json": Bytes(b"%d" % step)})
     run.lock.release()
@@ -53,9 +60,40 @@ def test_folders_are_never_overwritten(tmp_path: Path) -> None:
 def test_config_holds_the_record_and_what_the_run_is(tmp_path: Path) -> None:
     run = make(tmp_path)
     about = {"counter": 1, "project_name": "cat", "created": "2026-05-01T12:00:00+00:00"}
-    assert json.loads(run.config.read_text()) == {"format": "everydream-config-1", "run": about}
-    run.write_config({"format": "everydream-config-1", "lr": 2})
-    assert json.loads(run.config.read_text()) == {"format": "everydream-config-1", "lr": 2, "run": about}
+    assert json.loads(run.config.read_text()) == {**record(), "run": about}
+    run.write_config({**record(), "note": 2}, 3)
+    assert json.loads(run.config.read_text()) == {**record(), "note": 2, "run": about}
+
+
+def test_a_checkpoint_is_known_by_the_settings_that_it_was_trained_with(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step, lr in ((5, 2.0), (9, 3.0)):  # changed on the resume from step 5, and once more from step 9
+        run.write_config(record(lr=lr), step)
+
+    def lr_at(step: int) -> float:
+        return run.record_at(step)["settings"]["lr"]["value"]
+
+    assert [lr_at(step) for step in (3, 5, 6, 9, 10)] == [1.0, 1.0, 2.0, 2.0, 3.0]
+    run.write_config(record(lr=1.0), 5)  # back to where the first change was made, without it
+    assert [lr_at(step) for step in (3, 5, 6, 10)] == [1.0] * 4
+    assert "earlier" not in run.about
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"run": {}, "settings": {}}'])
+def test_a_config_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
+    run = make(tmp_path, steps=(1,))
+    run.config.write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json is not whole"):
+        run.record_at(1)
+    if not run.about:
+        with pytest.raises(CheckpointError, match=r"config\.json is missing or not whole"):
+            resume("latest", tmp_path)
+
+
+def test_a_counter_that_is_no_number_counts_as_none(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1,))
+    run.config.write_text(json.dumps({**record(), "run": {"counter": "x", "project_name": "cat"}}))
+    assert resume("latest", tmp_path).run == run and make(tmp_path).counter == 1
 
 
 def test_order_is_the_counter_whatever_the_clock_says(tmp_path: Path) -> None:
