@@ -247,12 +247,19 @@ def _entry(row: Any, folder: Path) -> tuple[str, Values]:
 def _relative(image: str, folder: Path) -> str:
     image = image.replace("\\", "/")
     if os.path.isabs(image):
-        relative = os.path.relpath(image, os.path.abspath(folder))
-        if relative.startswith(".."):  # perhaps only because one of the two goes through a link
+        relative = _from(os.path.abspath(folder), image)
+        if relative.startswith("../"):  # perhaps only because one of the two goes through a link
             place, name = os.path.split(image)
-            relative = os.path.relpath(os.path.join(os.path.realpath(place), name), os.path.realpath(folder))
-        image = Path(relative).as_posix()
+            relative = _from(os.path.realpath(folder), os.path.join(os.path.realpath(place), name))
+        image = relative
     return unicodedata.normalize("NFC", posixpath.normpath(image))
+
+
+def _from(folder: str, path: str) -> str:
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        raise Unfit(f"{path} is on another drive", "put the manifest on the pictures' drive") from None
 
 
 def _lines(text: str, report: Callable[[Unfit], object]) -> Iterator[tuple[str, Any]]:

@@ -235,9 +235,9 @@ def test_every_wrong_entry_of_a_manifest_is_reported_and_the_others_are_read(tmp
 
 
 def test_a_manifest_s_images_are_named_by_where_they_are(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
-    (tmp_path / "real").mkdir()
-    images = ["s/../s/a.png", "./b.png", str(tmp_path / "real" / "c.png"), str(tmp_path / "link" / "s" / "d.png"),
+    (tmp_path / "deep" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "real", target_is_directory=True)
+    images = ["s/../s/a.png", "./b.png", f"{tmp_path}/deep/real/c.png", f"{tmp_path}/link/s/d.png",
               "../e.png", "s//f.png"]  # fmt: skip
     path = write(tmp_path / "link", "m.json", json.dumps([{"image": image} for image in images]))
     assert list(read_manifest(path)) == ["s/a.png", "b.png", "c.png", "s/d.png", "../e.png", "s/f.png"]
