@@ -144,8 +144,8 @@ class Settings(Tree):
     )
     crop_jitter: Annotated[float, Field(ge=0, le=0.5)] = Field(
         0.0,
-        description="How far the crop may move from the middle, as a share of the picture's shorter side, 0 to 0.5. "
-        "0: centred crops, which can be cached.",
+        description="Play of the crop as a share of the picture's shorter side, 0 to 0.5: the crop is smaller by that "
+        "share and moves by up to half of it from the middle. 0: centred crops, which can be cached.",
     )
     shuffle_tags: bool = Field(
         False, description="true: the caption's comma-separated parts change their order for each picture and epoch."

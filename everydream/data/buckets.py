@@ -10,14 +10,19 @@ from everydream.data.pictures import Box, Size
 
 def bucket_sizes(resolution: int, step: int, max_aspect: float = 4.0) -> tuple[Size, ...]:
     """The (width, height) in multiples of `step` px whose area is at most resolution²: the widest for each height,
-    the highest for each width, and the square.
+    the highest for each width, and the square; of several as long as `max_aspect` allows, the largest.
 
     `step` = VAE factor × UNet factor (64 px for Stable Diffusion 1 and 2).
     """
     assert resolution >= step > 0, f"resolution {resolution}, step {step}"
     cells = (resolution * resolution) // (step * step)
     side = math.isqrt(cells)
-    wide = {(cells // rows, rows) for rows in range(1, side + 1) if cells // rows <= max_aspect * rows} | {(side, side)}
+    wide, widest = {(side, side)}, 0.0
+    for rows in range(side, 0, -1):
+        columns = min(cells // rows, int(max_aspect * rows))
+        if columns > widest * rows:
+            widest = columns / rows
+            wide.add((columns, rows))
     sizes = {(w * step, h * step) for columns, rows in wide for w, h in ((columns, rows), (rows, columns))}
     return tuple(sorted(sizes))
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import posixpath
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from reprlib import repr as told  # shortened: what a message shows may be of any length
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -37,6 +40,10 @@ class Values:
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         return Values(**{name: getattr(other, name) if value is None else value for name, value in own.items()})
 
+    def contradicts(self, other: Values) -> bool:
+        """Both say something of one value, and not the same."""
+        return self.over(other) != other.over(self)
+
 
 # --- text files ---
 
@@ -49,14 +56,12 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise Unfit(f"over {max_bytes // 1024} KiB", "a caption is a few words: shorten or remove it")
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise Unfit("it is UTF-16", "save it as UTF-8")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8").removeprefix("\ufeff")  # utf-8-sig would count bytes from behind the mark
     except UnicodeDecodeError as error:
-        raise Unfit(
-            f"not UTF-8 at byte {error.start} ({data[error.start]:#04x})", "save it as UTF-8 (often it is Latin-1)"
-        ) from None
+        guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "Latin-1"
+        place = f"byte {error.start} ({data[error.start]:#04x})"
+        raise Unfit(f"not UTF-8 at {place}, perhaps {guess}", "save it as UTF-8") from None
     if "\0" in text:
         raise Unfit(f"a NUL character at character {text.index(chr(0))}", "save it as plain UTF-8 text")
     return text
@@ -65,6 +70,19 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 def clean(caption: str) -> str:
     """NFC, one line, no space around; commas and repeats stay."""
     return unicodedata.normalize("NFC", " ".join(part.strip() for part in caption.splitlines()).strip())
+
+
+def _text(name: str, value: Any) -> str:
+    """What stands in quotes may hold any character, also ones that no text file can. Raises Unfit."""
+    if not isinstance(value, str):
+        raise Unfit(f"its {name} is {told(value)}", "a text is expected")
+    try:
+        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")  # joins the halves of surrogate pairs
+    except UnicodeDecodeError:
+        raise Unfit(f"half a surrogate pair in its {name} {told(value)}", "write the character itself") from None
+    if "\0" in text:
+        raise Unfit(f"a NUL character in its {name}", "remove it")
+    return text
 
 
 # --- one value ---
@@ -82,6 +100,12 @@ def _number(low: float, high: float) -> Callable[[Any], float]:
     return parse
 
 
+def _times(value: Any) -> float:
+    """Less than once in a thousand epochs is never: the plan's fractions have denominators up to 1000."""
+    number = _number(0.0, 10_000.0)(value)
+    return _number(0.001, 10_000.0)(number) if number else 0.0
+
+
 def _boolean(value: Any) -> bool:
     if isinstance(value, bool):
         return value
@@ -97,7 +121,7 @@ class _Kind:
 
 
 KINDS: dict[str, _Kind] = {
-    "multiply": _Kind(_number(0.0, 10_000.0), "a number from 0 to 10000"),
+    "multiply": _Kind(_times, "a number from 0.001 to 10000, or 0,"),
     "cond_dropout": _Kind(_number(0.0, 1.0), "a number from 0 to 1"),
     "flip_p": _Kind(_number(0.0, 1.0), "a number from 0 to 1"),
     "loss_scale": _Kind(_number(-1000.0, 1000.0), "a number"),
@@ -111,8 +135,8 @@ def parse_value(name: str, value: Any) -> Any:
     kind = KINDS[name]
     try:
         return kind.parse(value)
-    except (ValueError, TypeError, KeyError):
-        raise Unfit(f"{name} is {value!r}", f"{kind.expected} is expected") from None
+    except (ValueError, TypeError, KeyError, OverflowError):
+        raise Unfit(f"{name} is {told(value)}", f"{kind.expected} is expected") from None
 
 
 def read_folder_file(path: Path) -> Any:
@@ -130,104 +154,148 @@ def read_sidecar(path: Path) -> Values:
 
 
 def _from_yaml(text: str) -> Values:
-    import yaml  # only where a folder has YAML sidecars
+    from everydream.data import strict_yaml  # only where a folder has YAML sidecars
 
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        raise Unfit(f"not YAML{place}", "write caption: … and values such as multiply: 2, or use a .txt file") from None
+    content = strict_yaml.load(text)
     if content is None:
         return Values(caption="")
     if isinstance(content, str):
-        return Values(caption=clean(content))
+        return from_pairs([("caption", content)])
     if not isinstance(content, dict):
-        raise Unfit(
-            "neither a text nor keys with values", "write caption: … and values such as multiply: 2, or use a .txt file"
-        )
-    content = dict(content)
-    caption = content.pop("caption", content.pop("main_prompt", None))
-    tags = content.pop("tags", None)
-    if tags is not None:
-        caption = ", ".join([*([] if caption is None else [str(caption)]), *_tags(tags)])
-    return from_mapping({**content, "caption": caption})
+        raise Unfit("neither a text nor keys with values", strict_yaml.ADVICE)
+    pairs = [(key, value) for key, value in content.items() if key != "tags"]
+    return _with_tags(from_pairs(pairs, {"main_prompt": "caption"}), _tags(content.get("tags")))
 
 
 def _tags(tags: Any) -> list[str]:
-    if isinstance(tags, str):
-        return [tags]
-    if isinstance(tags, list):
-        names = [tag.get("tag") if isinstance(tag, dict) else tag for tag in tags]
+    if tags is None:
+        return []
+    listed = [tags] if isinstance(tags, str) else tags
+    if isinstance(listed, list):
+        names = [tag.get("tag") if isinstance(tag, dict) else tag for tag in listed]
         if all(isinstance(name, str | int | float) and not isinstance(name, bool) for name in names):
-            return [str(name) for name in names]
+            return [name for name in (clean(_text("tag", str(name))) for name in names) if name]
     raise Unfit("its tags are not a list of texts", "write them as a list, one tag an entry")
 
 
-def from_mapping(content: Mapping[str, Any]) -> Values:
-    """Values from a YAML sidecar or a manifest entry. Raises Unfit on unknown keys and wrong values."""
+def _with_tags(values: Values, tags: list[str]) -> Values:
+    """The tags join the caption; none of them say nothing."""
+    caption = ", ".join([*([values.caption] if values.caption else []), *tags])
+    return Values(caption=caption).over(values) if tags else values
+
+
+def from_pairs(pairs: Iterable[tuple[Any, Any]], aliases: Mapping[str, str] | None = None) -> Values:
+    """Values from a YAML sidecar or a manifest entry. Raises Unfit on unknown or repeated keys and wrong values."""
     known = {"caption", *KINDS}
-    for key in content:
+    content: dict[str, Any] = {}
+    for written, value in pairs:
+        key = (aliases or {}).get(written, written) if isinstance(written, str) else written
         if key not in known:
             near = get_close_matches(str(key), known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(known))}"
-            raise Unfit(f"{str(key)!r} is not a key", hint)
-    caption = content.get("caption")
-    if caption is not None and not isinstance(caption, str):
-        raise Unfit(f"its caption is {caption!r}", "a text is expected")
-    if caption is not None and "\0" in caption:
-        raise Unfit("a NUL character in its caption", "remove it")
+            raise Unfit(f"{told(key)} is not a key", hint)
+        if key in content:
+            raise Unfit(f"its {key} stands there twice", "keep one")
+        content[key] = value
     parsed = {name: parse_value(name, content[name]) for name in KINDS if content.get(name) is not None}
-    return Values(caption=None if caption is None else clean(caption), **parsed)
+    caption = content.get("caption")
+    return Values(caption=None if caption is None else clean(_text("caption", caption)), **parsed)
 
 
-_ALIASES = {"file_name": "image", "text": "caption"}  # Hugging Face's metadata.jsonl
+# --- manifests ---
+
+_IMAGE = ("image", "file_name")  # the second, and text, are those of Hugging Face's metadata.jsonl
+_ALIASES = {"text": "caption"}
+_EXAMPLE = 'write {"image": "…", "caption": "…"}'
 
 
-def read_manifest(path: Path) -> dict[str, Values]:
-    """Image path as written (NFC, POSIX) → values, from JSON (a list) or JSONL (one object a line). Raises Unfit."""
+def _stop(problem: Unfit) -> NoReturn:
+    raise problem
+
+
+def read_manifest(path: Path, report: Callable[[Unfit], object] = _stop) -> dict[str, Values]:
+    """Image path relative to the manifest's folder (NFC, POSIX, without detours) → values, from JSON (a list) or JSONL
+    (one object a line). `report` gets what is wrong with an entry, and the next one is read. Raises Unfit."""
     text = read_text(path, max_bytes=1 << 30)
     entries: dict[str, Values] = {}
-    for place, entry in _manifest_rows(text, path.suffix.lower() == ".jsonl"):
-        if not isinstance(entry, dict):
-            raise Unfit(f"{place} is not an object", 'write {"image": "…", "caption": "…"}')
-        entry = {_ALIASES.get(key, key): value for key, value in entry.items()}
-        image = entry.pop("image", None)
-        if not isinstance(image, str) or not image:
-            raise Unfit(f"{place} has no image", 'write {"image": "…", "caption": "…"}')
-        image = unicodedata.normalize("NFC", image.replace("\\", "/"))
+    rows = _lines(text, report) if path.suffix.lower() == ".jsonl" else _list(text)
+
+    def read(row: Any) -> None:
+        image, values = _entry(row, path.parent)
         if image in entries:
-            raise Unfit(f"{place} names {image!r} again", "keep one entry a picture")
+            raise Unfit(f"it names {image!r} again", "keep one entry a picture")
+        entries[image] = values
+
+    for place, row in rows:
         try:
-            entries[image] = from_mapping(entry)
-        except Unfit as error:
-            raise Unfit(f"{place}: {error.reason}", error.advice) from None
+            read(row)
+        except Unfit as error:  # noqa: PERF203 — each entry's is reported
+            report(Unfit(f"{place}: {error.reason}", error.advice))
     return entries
 
 
-def _manifest_rows(text: str, lines: bool) -> list[tuple[str, Any]]:
+def _entry(row: Any, folder: Path) -> tuple[str, Values]:
+    if not isinstance(row, tuple):
+        raise Unfit("it is not an object", _EXAMPLE)
+    images = [value for key, value in row if key in _IMAGE]
+    if len(images) != 1 or not isinstance(images[0], str) or not images[0]:
+        raise Unfit("it has several images" if len(images) > 1 else "it has no image", _EXAMPLE)
+    image = _relative(_text("image", images[0]), folder)
+    return image, from_pairs((pair for pair in row if pair[0] not in _IMAGE), _ALIASES)
+
+
+def _relative(image: str, folder: Path) -> str:
+    image = image.replace("\\", "/")
+    if os.path.isabs(image):
+        relative = _from(os.path.abspath(folder), image)
+        if relative.startswith("../"):  # perhaps only because one of the two goes through a link
+            place, name = os.path.split(image)
+            relative = _from(os.path.realpath(folder), os.path.join(os.path.realpath(place), name))
+        image = relative
+    return unicodedata.normalize("NFC", posixpath.normpath(image))
+
+
+def _from(folder: str, path: str) -> str:
     try:
-        if lines:
-            numbered = enumerate(text.split("\n"), 1)
-            rows = []
-            for number, line in numbered:
-                if line.strip():
-                    rows.append((f"line {number}", json.loads(line)))
-            return rows
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"line {number}" if lines else f"line {error.lineno}"
-        raise Unfit(f"not JSON in {place}, column {error.colno} ({error.msg})", "mend the file") from None
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:
+        raise Unfit(f"{path} is on another drive", "put the manifest on the pictures' drive") from None
+
+
+def _lines(text: str, report: Callable[[Unfit], object]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", _from_json(line, number)
+            except Unfit as error:
+                report(error)
+
+
+def _list(text: str) -> Iterator[tuple[str, Any]]:
+    content = _from_json(text, 1)
     if not isinstance(content, list):
-        raise Unfit("not a list", 'write [{"image": "…", "caption": "…"}, …]')
-    return [(f"entry {number}", entry) for number, entry in enumerate(content, 1)]
+        raise Unfit("not a list", f"{_EXAMPLE} in [ ], or one a line in a .jsonl file")
+    yield from ((f"entry {number}", entry) for number, entry in enumerate(content, 1))
+
+
+def _from_json(text: str, first_line: int) -> Any:
+    """Objects become tuples of pairs, so that a repeated key shows. Raises Unfit."""
+    try:
+        return json.loads(text, object_pairs_hook=tuple)
+    except json.JSONDecodeError as error:
+        reason = f"not JSON in line {first_line + error.lineno - 1}, column {error.colno} ({error.msg})"
+    except RecursionError:
+        reason = f"not JSON that can be read, from line {first_line} (nested too deeply)"
+    except ValueError:  # Python reads no more digits
+        reason = f"not JSON that can be read, from line {first_line} (a number of thousands of digits)"
+    raise Unfit(reason, "mend the file")
 
 
 # --- file names, tags ---
 
 _CAMERA = re.compile(
-    r"^_?(?:img|imag|dsc[fn]?|mg|pxl|mvi|gopr|dji|sam|cimg|pict|p|wp|screenshot|scan|photo|image|picture|"
-    r"untitled|download|whatsapp image)?[-_ ]?\(?\d{3,}",
+    r"^_?(?:img|imag|imgp|img_e|dsc[fn]?|mg|pxl|mvi|mvimg|vid|gopr|dji|sam|sdc|crw|cimg|hpim|pict|p|g|r|wp|screenshot|"
+    r"scan|photo|image|picture|untitled|download|whatsapp image)?[-_ ]?\(?\d{3,}|^\d+$",
     re.IGNORECASE,
 )
 _HEX_NAME = re.compile(r"^[0-9a-f]{8,}(?:-[0-9a-f]{4,}){0,4}$", re.IGNORECASE)
@@ -239,7 +307,7 @@ def caption_from_name(stem: str) -> str:
 
 
 def is_camera_name(stem: str) -> bool:
-    """IMG_1234, DSC00017, 20240131_101500, 4f2a9c71: names that describe nothing."""
+    """IMG_1234, DSC00017, 20240131_101500, 4f2a9c71, 12: names that describe nothing."""
     return bool(_CAMERA.match(stem) or _HEX_NAME.match(stem))
 
 

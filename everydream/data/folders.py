@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from everydream.data.captions import FOLDER_FILES, SIDECARS, Values, read_folder_file, read_manifest, read_sidecar
 from everydream.data.pictures import EXTENSIONS, MASK, UNREADABLE
 from everydream.data.problems import Problem, Unfit
 
-MANIFESTS = ("manifest.json", "manifest.jsonl", "metadata.jsonl")
+MANIFESTS = ("manifest.json", "manifest.jsonl", "metadata.jsonl")  # first found in a folder wins
+NOT_OURS = frozenset({"thumbs.db", "desktop.ini"})  # what file managers leave; hidden files are left out anyway
+LONELY = "caption files and masks without a picture"
+SECOND = "second caption files and masks of a picture: where two say something, the first counts"
+SECOND_MANIFEST = "second manifests in a folder, not used"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,19 @@ class Findings:
 
     pictures: list[Found] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    without_picture: list[Path] = field(default_factory=list)  # captions and masks
-    shadowed: list[Path] = field(default_factory=list)  # second sidecars
+    listed: defaultdict[str, list[Path]] = field(default_factory=lambda: defaultdict(list))  # title of a note → files
+    unread: Counter[str] = field(default_factory=Counter)  # ending → files that have no part in training
+
+    def add(self, other: Findings) -> None:
+        self.pictures += other.pictures
+        self.problems += other.problems
+        self.unread += other.unread
+        for title, paths in other.listed.items():
+            self.listed[title] += paths
+
+    def stop(self, path: Path, reason: str, advice: str) -> None:
+        """A problem that no bad_images skips."""
+        self.problems.append(Problem(path, reason, advice, skippable=False))
 
     def attempt(self, path: Path, read: Callable[[Path], object], skippable: bool) -> object | None:
         """`read(path)`; None and a problem where that fails."""
@@ -68,14 +85,21 @@ def find(root: Root) -> Findings:
     """Every picture under the root, in no particular order."""
     findings = Findings()
     if root.path.is_dir():
-        _find_in_folder(root, findings)
+        walked = list(_walk(root.path, findings, ()))
+        _find_in(root, root.path, walked, _manifests_in(root.path, walked, findings), findings)
+        findings.unread += Counter(ending for _, names in walked for ending in map(_unread, names) if ending)
     elif root.path.suffix.lower() in (".json", ".jsonl") and root.path.is_file():
-        _find_in_manifest(root, findings)
+        named = _entries_of(root.path, findings)
+        beside = Findings(problems=findings.problems)  # what else lies there is nobody's business
+        base = root.path.parent
+        _find_in(root, base, _named_in(base, named, findings), named, beside)
+        findings.pictures += beside.pictures
+        findings.listed[SECOND] += beside.listed[SECOND]
     else:
         there = "neither a folder nor a manifest" if root.path.exists() else "does not exist"
-        findings.problems.append(Problem(root.path, there, "name a folder with pictures", skippable=False))
+        findings.stop(root.path, there, "name a folder with pictures")
     if not findings.pictures and not findings.problems:
-        findings.problems.append(Problem(root.path, "no pictures in it", "put pictures in it", skippable=False))
+        findings.stop(root.path, "no pictures in it", "put pictures in it")
     return findings
 
 
@@ -83,57 +107,118 @@ def nfc(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-# --- folders ---
+Walked = tuple[Path, list[str]]  # a folder, its file names
 
 
-def _find_in_folder(root: Root, findings: Findings) -> None:
-    manifest = _manifest_of(root.path, findings)
-    used = set()
-    for folder, names in _walk(root.path, findings, ()):
-        for found in _pictures_in(folder, names, root, findings):
-            relative = found.identity.partition("/")[2]
-            if relative in manifest:
-                used.add(relative)
-                entry = manifest[relative]
-                found.source = found.source if entry.caption is None else "manifest"
-                found.values = entry.over(found.values)
+def _find_in(root: Root, base: Path, walked: Sequence[Walked], named: dict[str, Values], findings: Findings) -> None:
+    """`named`: path relative to `base` → what a manifest says of it."""
+    pictures: set[str] = set()
+    for folder, names in walked:
+        prefix = _prefix(folder, base)
+        pictures |= {prefix + nfc(name) for name in names if _is_picture(name)}
+        for found in _pictures_in(folder, names, f"{root.name}/{prefix}", findings):
+            entry = named.get(found.identity.partition("/")[2], Values())
+            found.source = found.source if entry.caption is None else "manifest"
+            found.values = entry.over(found.values)
             findings.pictures.append(_with_default(found, root))
-    for image in sorted(set(manifest) - used):
+    for image in sorted(set(named) - pictures):
+        reason = "not a picture that is read" if os.path.exists(base / image) else "not there"
         findings.problems.append(
-            Problem(root.path / image, "named in the manifest, but not there", "mend the manifest or add the picture")
+            Problem(base / image, f"named in the manifest, but {reason}", "mend the manifest or add the picture")
         )
 
 
-def _manifest_of(folder: Path, findings: Findings) -> dict[str, Values]:
-    for name in MANIFESTS:
-        if (folder / name).is_file():
-            entries = findings.attempt(folder / name, read_manifest, skippable=False) or {}
-            assert isinstance(entries, dict)
-            return {PurePosixPath(image).as_posix(): values for image, values in entries.items()}
-    return {}
+def _prefix(folder: Path, base: Path) -> str:
+    """What stands before its files' names in an identity."""
+    return "" if folder == base else nfc(folder.relative_to(base).as_posix()) + "/"
 
 
-def _walk(folder: Path, findings: Findings, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[Path, list[str]]]:
+# --- manifests ---
+
+
+def _manifests_in(base: Path, walked: Sequence[Walked], findings: Findings) -> dict[str, Values]:
+    """What the manifests of all folders say, each of its own folder and those below."""
+    named: dict[str, Values] = {}
+    for folder, names in walked:
+        manifests = sorted((name for name in names if name.lower() in MANIFESTS), key=_manifest_order)
+        findings.listed[SECOND_MANIFEST] += [folder / name for name in manifests[1:]]
+        for name in manifests[:1]:
+            _merge(named, folder / name, _prefix(folder, base), findings)
+    return named
+
+
+def _manifest_order(name: str) -> tuple[int, str]:
+    return MANIFESTS.index(name.lower()), name
+
+
+def _merge(named: dict[str, Values], manifest: Path, prefix: str, findings: Findings) -> None:
+    for image, values in _entries_of(manifest, findings).items():
+        if image.startswith("../"):
+            findings.stop(
+                manifest, f"it names {image!r}, outside of its folder", "put the manifest beside the pictures"
+            )
+        elif prefix + image in named:
+            findings.stop(manifest, f"it names {image!r}, as a manifest above it does", "keep one entry a picture")
+        else:
+            named[prefix + image] = values
+
+
+def _entries_of(manifest: Path, findings: Findings) -> dict[str, Values]:
+    def read(path: Path) -> dict[str, Values]:
+        return read_manifest(path, lambda problem: findings.stop(path, problem.reason, problem.advice))
+
+    entries = findings.attempt(manifest, read, skippable=False) or {}
+    assert isinstance(entries, dict)
+    return entries
+
+
+def _named_in(base: Path, named: Collection[str], findings: Findings) -> list[Walked]:
+    """The folders of these pictures; of their files the pictures and what is called as they are."""
+    images: dict[str, set[str]] = {}
+    for image in named:
+        folder, name = posixpath.split(image)
+        images.setdefault(folder, set()).add(name)
+    walked = []
+    for at, wanted in images.items():
+        if os.path.isdir(base / at):
+            names = [entry.name for entry in _scanned(base / at, findings)]
+            walked.append((base / at, [name for name in names if nfc(name) in wanted or not _is_picture(name)]))
+    return walked
+
+
+# --- folders ---
+
+
+def _walk(folder: Path, findings: Findings, above: tuple[tuple[int, int], ...]) -> Iterator[Walked]:
     """(folder, its file names), depth first; hidden entries are left out. `above`: the folders we are in."""
     try:
         status = os.stat(folder)
         here = (status.st_dev, status.st_ino)
         if here in above:
-            findings.problems.append(
-                Problem(folder, "a link to a folder that it lies in", "remove the link", skippable=False)
-            )
+            findings.stop(folder, "a link to a folder that it lies in", "remove the link")
             return
-        with os.scandir(folder) as scanned:
-            entries = sorted((entry for entry in scanned if not entry.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
-        findings.problems.append(
-            Problem(folder, f"cannot be opened ({error.strerror})", "check its permissions and links", skippable=False)
-        )
+        _closed(folder, error, findings)
         return
+    entries = _scanned(folder, findings)
     folders = {entry.name for entry in entries if _is_folder(entry)}
     yield folder, [entry.name for entry in entries if entry.name not in folders]
     for name in sorted(folders):
         yield from _walk(folder / name, findings, (*above, here))
+
+
+def _scanned(folder: Path, findings: Findings) -> list[os.DirEntry[str]]:
+    """By name, without the hidden ones."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        _closed(folder, error, findings)
+        return []
+
+
+def _closed(folder: Path, error: OSError, findings: Findings) -> None:
+    findings.stop(folder, f"cannot be opened ({error.strerror})", "check its permissions and links")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -143,54 +228,76 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _pictures_in(folder: Path, names: list[str], root: Root, findings: Findings) -> Iterator[Found]:
-    by_key = {(nfc(Path(name).stem), Path(name).suffix.lower()): name for name in names}
+def _pictures_in(folder: Path, names: list[str], prefix: str, findings: Findings) -> Iterator[Found]:
+    """With what the files beside them say. `prefix` begins their identities."""
     defaults = _folder_values(folder, names, findings)
     pictures = [name for name in names if _is_picture(name)]
-    stems = {nfc(Path(name).stem) for name in pictures}
-    findings.without_picture += [
-        folder / name for name in names if _is_companion(name) and nfc(name[: -len(_ending(name))]) not in stems
-    ]
+    stems = {_stem(name) for name in pictures}
+    beside: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)  # several: a.txt and a.TXT, NFC and NFD
+    for name in filter(_is_companion, names):
+        beside[_stem(name), _ending(name)].append(folder / name)
+        if _stem(name) not in stems:
+            findings.listed[LONELY].append(folder / name)
     for name in pictures:
-        path, stem = folder / name, nfc(Path(name).stem)
-        relative = nfc((folder / name).relative_to(root.path).as_posix())
+        path = folder / name
         if not _usable_name(path, findings):
             continue
-        sidecars = [folder / by_key[stem, ending] for ending in SIDECARS if (stem, ending) in by_key]
-        sidecars = [sidecar for sidecar in sidecars if sidecar.name.lower() not in FOLDER_FILES]
-        findings.shadowed += sidecars[1:]
-        values = Values()
-        if sidecars:
-            read = findings.attempt(sidecars[0], read_sidecar, skippable=True)
-            if read is None:
-                continue
-            assert isinstance(read, Values)
-            values = read
-        mask = by_key.get((stem + nfc(Path(MASK).stem), Path(MASK).suffix))
+        values = _said([path for ending in SIDECARS for path in beside[_stem(name), ending]], findings)
+        if values is None:
+            continue
+        masks = beside[_stem(name), MASK]
+        findings.listed[SECOND] += masks[1:]
         source = "sidecar" if values.caption is not None else "name"
-        yield Found(f"{root.name}/{relative}", path, folder / mask if mask else None, values.over(defaults), source)
+        yield Found(prefix + nfc(name), path, masks[0] if masks else None, values.over(defaults), source)
+
+
+def _said(sidecars: Sequence[Path], findings: Findings) -> Values | None:
+    """What these say together; None and a problem where one cannot be read."""
+    values = Values()
+    for sidecar in sidecars:
+        read = findings.attempt(sidecar, read_sidecar, skippable=True)
+        if read is None:
+            return None
+        assert isinstance(read, Values)
+        if values.contradicts(read):
+            findings.listed[SECOND].append(sidecar)
+        values = values.over(read)
+    return values
 
 
 def _folder_values(folder: Path, names: list[str], findings: Findings) -> Values:
     values = {}
     for name in names:
-        if name.lower() in FOLDER_FILES:
-            values[FOLDER_FILES[name.lower()]] = findings.attempt(folder / name, read_folder_file, skippable=False)
+        key = FOLDER_FILES.get(name.lower())
+        if key in values:
+            findings.stop(folder / name, "another file has the same name but for its case", "keep one of them")
+        elif key is not None:
+            values[key] = findings.attempt(folder / name, read_folder_file, skippable=False)
     return Values(**values)  # type: ignore[arg-type]
 
 
-def _is_picture(name: str) -> bool:
-    return Path(name).suffix.lower() in EXTENSIONS | UNREADABLE and not name.lower().endswith(MASK)
-
-
 def _ending(name: str) -> str:
-    return MASK if name.lower().endswith(MASK) else Path(name).suffix
+    """In lower case."""
+    return MASK if name.lower().endswith(MASK) else Path(name).suffix.lower()
+
+
+def _stem(name: str) -> str:
+    return nfc(name[: len(name) - len(_ending(name))])
+
+
+def _is_picture(name: str) -> bool:
+    return _ending(name) in EXTENSIONS | UNREADABLE
 
 
 def _is_companion(name: str) -> bool:
     """A caption or a mask, which wants a picture beside it."""
-    special = name.lower() in FOLDER_FILES or name.lower() in MANIFESTS
-    return not special and (_ending(name).lower() in (*SIDECARS, MASK))
+    return name.lower() not in FOLDER_FILES and _ending(name) in (*SIDECARS, MASK)
+
+
+def _unread(name: str) -> str:
+    """The ending of a file that has no part in training."""
+    has_part = _is_picture(name) or _is_companion(name) or name.lower() in (*FOLDER_FILES, *MANIFESTS, *NOT_OURS)
+    return "" if has_part else _ending(name) or "without ending"
 
 
 def _usable_name(path: Path, findings: Findings) -> bool:
@@ -209,33 +316,3 @@ def _with_default(found: Found, root: Root) -> Found:
     if found.values.caption is None and root.default_caption is not None:
         found.source, found.values = "default", Values(caption=root.default_caption).over(found.values)
     return found
-
-
-# --- a manifest alone ---
-
-
-def _find_in_manifest(root: Root, findings: Findings) -> None:
-    """The pictures that it names and no others; folder files and sidecars beside them count as always."""
-    entries = findings.attempt(root.path, read_manifest, skippable=False)
-    if entries is None:
-        return
-    assert isinstance(entries, dict)
-    by_folder: dict[Path, dict[str, str]] = {}
-    for image in entries:
-        path = root.path.parent / image
-        by_folder.setdefault(path.parent, {})[path.name] = image
-    for folder, images in by_folder.items():
-        names = sorted(os.listdir(folder)) if folder.is_dir() else []
-        for name in sorted(set(images) - set(names)):
-            findings.problems.append(
-                Problem(folder / name, "named in the manifest, but not there", "mend the manifest or add the picture")
-            )
-        unnamed = {name for name in names if _is_picture(name) and name not in images}
-        beside = Findings(problems=findings.problems)
-        for found in _pictures_in(folder, [n for n in names if n not in unnamed], Root(root.name, folder), beside):
-            image = images[found.path.name]
-            entry = entries[image]
-            found.identity = f"{root.name}/{PurePosixPath(image).as_posix()}"
-            found.source = found.source if entry.caption is None else "manifest"
-            found.values = entry.over(found.values)
-            findings.pictures.append(_with_default(found, root))

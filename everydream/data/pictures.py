@@ -32,8 +32,14 @@ from everydream.data.problems import Unfit
 Size = tuple[int, int]  # width, height
 Box = tuple[int, int, int, int]
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
-UNREADABLE = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".psd", ".xcf", ".dng", ".cr2", ".nef", ".arw"})
+EXTENSIONS = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+UNREADABLE = frozenset(
+    {".heic", ".heics", ".heif", ".heifs", ".hif", ".avifs", ".apng", ".jxl", ".jp2", ".j2k", ".jpx", ".jxr", ".wdp",
+     ".svg", ".psd", ".psb", ".xcf", ".kra", ".ora", ".tga", ".pcx", ".ppm", ".pgm", ".pbm", ".pnm", ".pam", ".pfm",
+     ".xbm", ".xpm", ".dib", ".dds", ".exr", ".hdr", ".qoi", ".mpo",
+     ".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".srw", ".orf", ".rw2", ".rwl", ".pef",
+     ".raf", ".3fr", ".fff", ".erf", ".dcr", ".kdc", ".mrw", ".x3f", ".iiq"}
+)  # fmt: skip
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 MASK = ".mask.png"  # <name>.mask.png weighs the loss of <name>.*
 

@@ -60,6 +60,10 @@ class Plan:
         self.batch_size, self.seed, self.name, self.start = batch_size, seed, name, start
         rates = _rates(self.buckets, multiplies or {}, seed, name)
         self._rates = {size: rate for size, rate in rates.items() if rate.p.any()}
+        self.drawn = {  # without those whose multiply is 0
+            size: tuple(identity for identity, p in zip(identities, rates[size].p, strict=True) if p)
+            for size, identities in self.buckets.items()
+        }
         if not self._rates:
             raise DataError(f"{name}: no picture is ever used: there are none, or multiply is 0 for all of them")
         self._at = start[1]  # the epoch that was asked for last, from where the next search begins
@@ -165,15 +169,20 @@ class _Rate:
         return whole * self.p + (part * self.p * self.phases + self.phase * self.q) // (self.q * self.phases)
 
 
+def _share(multiply: float) -> Fraction:
+    """Small denominators keep `_Rate`'s products within 64 bits. captions.py lets nothing between 0 and 0.001 pass."""
+    share = Fraction(multiply).limit_denominator(1000)
+    assert share or not multiply, f"multiply {multiply} would be 0"
+    return share
+
+
 def _rates(
     buckets: Mapping[Size, Sequence[str]], multiplies: Mapping[str, float], seed: int, name: str
 ) -> dict[Size, _Rate]:
     """Pictures of one fraction get phases 0, 1/n, 2/n, … in a drawn order, so that each epoch has n·fraction of them,
     rounded down or up, wherever they stand in the list."""
     shares = {
-        identity: Fraction(multiplies.get(identity, 1.0)).limit_denominator(1000)
-        for identities in buckets.values()
-        for identity in identities
+        identity: _share(multiplies.get(identity, 1.0)) for identities in buckets.values() for identity in identities
     }
     alike: dict[Fraction, list[str]] = {}
     for identity in sorted(shares):

@@ -73,10 +73,8 @@ def scan(
     for root in roots:
         found = find(root)
         notes += _notes_of(root, found)
-        findings.pictures += found.pictures
-        findings.problems += found.problems
-        findings.without_picture += found.without_picture
-        findings.shadowed += found.shadowed
+        findings.add(found)
+    notes += _unused_prompt(roots, findings)
     pictures = _unique(findings)
     masks = {found.mask for found in pictures if found.mask is not None}
     checked = check_pictures(
@@ -151,10 +149,7 @@ def _mask_problem(picture: PictureFacts, mask: PictureFacts) -> Unfit | None:
 
 def _notes_of(root: Root, findings: Findings) -> list[str]:
     """Where the captions of one root come from."""
-    sources = Counter(found.source for found in findings.pictures)
     notes = []
-    if root.name.startswith("subject") and root.default_caption and findings.pictures and not sources["default"]:
-        notes.append(f"instance_prompt is without effect: every picture in {shown(root.path)} has a caption")
     named = [found for found in findings.pictures if found.source == "name"]
     if named and len(named) < len(findings.pictures):
         title = (
@@ -169,6 +164,13 @@ def _notes_of(root: Root, findings: Findings) -> list[str]:
     return notes
 
 
+def _unused_prompt(roots: Sequence[Root], findings: Findings) -> list[str]:
+    prompted = any(root.name.startswith("subject") and root.default_caption for root in roots)
+    if not prompted or not findings.pictures or any(found.source == "default" for found in findings.pictures):
+        return []
+    return ["instance_prompt is without effect: every picture has a caption"]
+
+
 def _notes(findings: Findings, samples: Sequence[Sample]) -> list[str]:
     empty = [shown(sample.path) for sample in samples if not sample.caption]
     same = Counter(sample.content for sample in samples)
@@ -176,7 +178,10 @@ def _notes(findings: Findings, samples: Sequence[Sample]) -> list[str]:
     lists = [
         ("pictures that are there more than once, byte for byte", copies),
         (f"{len(empty)} captions are empty: these pictures train the unconditional prompt", empty),
-        ("caption files and masks without a picture", [shown(path) for path in findings.without_picture]),
-        ("second caption files of a picture, not used", [shown(path) for path in findings.shadowed]),
+        *((title, [shown(path) for path in paths]) for title, paths in findings.listed.items()),
     ]
-    return [listed(title, items) for title, items in lists if items]
+    notes = [listed(title, items) for title, items in lists if items]
+    if findings.unread:
+        counts = ", ".join(f"{count} {shown(ending)}" for ending, count in sorted(findings.unread.items()))
+        notes.append(f"files that are not read: {counts}")
+    return notes

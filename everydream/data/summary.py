@@ -11,14 +11,18 @@ from everydream.data.scan import Sample
 
 
 def bucket_lines(plan: Plan) -> list[str]:
-    """One line a bucket: size, pictures, draws in the first epoch's plan."""
-    return [f"{width}×{height}: {len(plan.buckets[width, height])} pictures" for width, height in plan.buckets]
+    """One line a bucket: size, pictures that are trained, and those that are not."""
+    lines = []
+    for (width, height), drawn in plan.drawn.items():
+        never = len(plan.buckets[width, height]) - len(drawn)
+        lines.append(f"{width}×{height}: {len(drawn)} pictures" + (f", {never} never (multiply 0)" if never else ""))
+    return lines
 
 
 def size_notes(samples: Mapping[str, Sample], plan: Plan) -> list[str]:
     """Pictures smaller than their bucket, pictures that lose much of themselves, buckets that one batch empties."""
     small, cropped, few = [], [], []
-    for (width, height), identities in plan.buckets.items():
+    for (width, height), identities in plan.drawn.items():
         for sample in (samples[identity] for identity in identities):
             at = f"{shown(sample.path)} ({sample.width}×{sample.height} for {width}×{height})"
             if is_small(sample.width, sample.height, (width, height)):
@@ -26,7 +30,7 @@ def size_notes(samples: Mapping[str, Sample], plan: Plan) -> list[str]:
             kept = min(sample.width / width, sample.height / height) / max(sample.width / width, sample.height / height)
             if kept < 0.5:
                 cropped.append(f"{at}: {kept:.0%} of it is used")
-        if len(identities) < plan.batch_size:
+        if 0 < len(identities) < plan.batch_size:
             few.append(f"{width}×{height}: {len(identities)}")
     lists = [
         ("pictures smaller than the size they are trained at, so they are enlarged", small),

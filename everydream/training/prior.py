@@ -6,8 +6,10 @@ Ruiz et al. 2023, "DreamBooth", section 3.3: the model's own pictures of the cla
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +80,7 @@ def generate_missing(
 
     if not on_main(ranks, ask):
         return 0
-    lock = Lock(folder / ".everydream.lock")
+    lock = PassingLock(folder / ".everydream.lock")
     try:
         on_main(ranks, lambda: _take(lock))
         todo = on_main(ranks, ask)  # another run may have been at it until now
@@ -86,6 +88,28 @@ def generate_missing(
         return sum(divided(ranks, firsts, make, stop, lambda made: advance(sum(made))))
     finally:
         lock.release()
+
+
+class PassingLock(Lock):
+    """Its file goes with it: the folder is the user's."""
+
+    def take(self) -> None:
+        super().take()
+        while self._handle is not None and not self._is_there(self._handle):
+            super().release()  # whoever held it removed the file after we had opened it: there must be a new one
+            super().take()
+
+    def release(self) -> None:
+        if self._handle is not None:
+            with suppress(OSError):  # Windows removes no open file, and then it stays
+                self._path.unlink()  # while it is held: after that it may be another's
+        super().release()
+
+    def _is_there(self, handle: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(handle), os.stat(self._path))
+        except FileNotFoundError:
+            return False
 
 
 def _take(lock: Lock) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -17,6 +18,17 @@ def test_sizes_at_512_are_these() -> None:
     )  # fmt: skip
 
 
+def test_sizes_at_768_are_these() -> None:
+    assert [size for size in bucket_sizes(768, 64) if size[0] >= size[1]] == [
+        (768, 768), (832, 704), (896, 640), (1024, 576), (1152, 512), (1280, 448), (1536, 384)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution, widest", [(512, (1024, 256)), (576, (1024, 256)), (704, (1280, 320))])
+def test_sizes_reach_four_to_one(resolution: int, widest: tuple[int, int]) -> None:
+    assert max(bucket_sizes(resolution, 64), key=lambda size: size[0] / size[1]) == widest
+
+
 @settings(max_examples=200, deadline=None)
 @given(cells=st.integers(1, 40), odd=st.integers(0, 63), step=st.sampled_from([8, 16, 64]))
 def test_sizes_keep_the_rules(cells: int, odd: int, step: int) -> None:
@@ -29,6 +41,8 @@ def test_sizes_keep_the_rules(cells: int, odd: int, step: int) -> None:
         assert width * height <= resolution * resolution
         assert max(width, height) <= 4 * min(width, height)
         assert (height, width) in sizes
+    assert len({Fraction(width, height) for width, height in sizes}) == len(sizes)  # one a shape
+    assert side == step or any(width == 4 * height for width, height in sizes)
 
 
 @settings(max_examples=200, deadline=None)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everydream.data.captions import parse_value
 from everydream.data.plan import Draw, Plan, end_of_epoch, share_of, updates_in
+from everydream.data.problems import Unfit
 from everydream.errors import DataError
 
 SIZES = [(64, 64), (128, 64), (64, 128), (192, 64)]
@@ -73,6 +75,26 @@ def test_multiply_gives_floor_or_ceiling_each_epoch_and_the_exact_mean(plan: Pla
         assert set(per_epoch) <= {int(share), -int(-share // 1)}
         rates[identity] = sum(per_epoch)
         assert abs(sum(per_epoch) - epochs * share) < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(multiply=st.floats(0, 10_000), epochs=st.integers(1, 3000))
+def test_every_multiply_that_is_let_pass_keeps_its_sense(multiply: float, epochs: int) -> None:
+    """Positive stays positive, and E epochs draw floor or ceiling of E times as many."""
+    try:
+        multiply = parse_value("multiply", multiply)
+    except Unfit:
+        assert 0 < multiply < 0.001
+        return
+    if not multiply:
+        return
+    (identity,) = identities = (f"subject/{SIZES[0]}-0.png",)
+    plan = make([1], 1, multiplies=dict.fromkeys(identities, multiply))
+    assert plan.drawn == {SIZES[0]: (identity,)}
+    (share,) = (Fraction(int(rate.p[0]), int(rate.q[0])) for rate in plan._rates.values())
+    assert share > 0 and abs(share - Fraction(multiply)) <= Fraction(multiply) / 2
+    drawn = plan.micro_batches(epochs)
+    assert drawn in (int(epochs * share), -int(-epochs * share // 1))
 
 
 def _multiplies(plan: Plan) -> dict[str, float]:

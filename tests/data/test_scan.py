@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -92,6 +93,75 @@ def test_the_prompt_beside_captions_for_all_is_without_effect(tmp_path: Path) ->
     assert not any("without effect" in note for note in scanned(tmp_path, "prompt").notes)
 
 
+def test_a_prompt_that_one_root_uses_has_an_effect(tmp_path: Path) -> None:
+    for name in ("x/a.png", "y/b.png"):
+        write(tmp_path, name, png())
+    write(tmp_path, "x/a.txt", "a caption")
+    roots = roots_of("subject", (tmp_path / "x", tmp_path / "y"), "prompt")
+    assert not any("without effect" in note for note in scan(roots).notes)
+    write(tmp_path, "y/b.yaml", "caption: another")
+    assert sum("instance_prompt is without effect" in note for note in scan(roots).notes) == 1
+
+
+def test_tags_that_say_nothing_leave_the_caption_to_the_prompt(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", png())
+    write(tmp_path, "a.yaml", "tags: []")
+    assert captions(scanned(tmp_path, "prompt")) == {"a.png": "prompt"}
+    assert captions(scanned(tmp_path)) == {"a.png": "a"}
+
+
+def test_a_second_sidecar_adds_what_the_first_does_not_say(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        write(tmp_path, f"{stem}.png", png(seed=ord(stem)))
+        write(tmp_path, f"{stem}.txt", f"{stem}'s text")
+    write(tmp_path, "a.yaml", "multiply: 4")
+    found = scanned(tmp_path)
+    assert captions(found) == {"a.png": "a's text", "b.png": "b's text"}
+    assert found.samples[0].multiply == 4.0 and found.notes == ()
+    write(tmp_path, "b.yaml", "{caption: b's yaml, multiply: 3}")
+    found = scanned(tmp_path)
+    assert found.samples[1].caption == "b's text" and found.samples[1].multiply == 3.0
+    (note,) = found.notes
+    assert note.startswith("second caption files") and "b.yaml" in note and "a.yaml" not in note
+
+
+@pytest.mark.parametrize(
+    "names", [("a.txt", "a.TXT"), ("caf\u00e9.txt", "cafe\u0301.txt"), ("a.mask.png", "a.MASK.PNG")]
+)
+def test_files_beside_a_picture_with_one_name_are_said(tmp_path: Path, names: tuple[str, str]) -> None:
+    stem = unicodedata.normalize("NFC", names[0].partition(".")[0])
+    for number, name in enumerate((f"{stem}.png", *names)):
+        write(tmp_path, name, png() if name.lower().endswith("png") else f"caption {number}")
+    (note,) = (note for note in scanned(tmp_path, masked_loss=True).notes if note.startswith("second"))
+    assert max(names) in note and min(names) not in note
+
+
+def test_two_folder_files_of_one_name_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", png())
+    for name in ("multiply.txt", "Multiply.TXT"):
+        write(tmp_path, name, "2")
+    with pytest.raises(DataError, match=r"multiply\.txt: another file has the same name but for its case"):
+        scanned(tmp_path).usable("skip")
+
+
+def test_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpe"):
+        write(tmp_path, name, png() if name == "a.png" else jpeg())
+    for name in ("a.txt", "multiply.txt", "metadata.jsonl", "Thumbs.db", "desktop.ini", ".DS_Store"):
+        write(tmp_path, name, "1" if name == "multiply.txt" else "")
+    assert len(scanned(tmp_path).samples) == 2
+    assert not any("not read" in note for note in scanned(tmp_path).notes)
+    for name in ("x.npz", "deep/y.NPZ", "clip.mp4", "LICENSE"):
+        write(tmp_path, name, "")
+    assert "files that are not read: 1 .mp4, 2 .npz, 1 without ending" in scanned(tmp_path).notes
+
+
+@pytest.mark.parametrize("name", ["a.tga", "a.PPM", "a.cr3", "a.dng", "a.exr"])
+def test_pictures_that_cannot_be_read_are_problems(tmp_path: Path, name: str) -> None:
+    write(tmp_path, name, "pixels")
+    assert f"{name}: {name[1:]} pictures cannot be read" in problems(scanned(tmp_path))
+
+
 def test_camera_names_as_captions_are_said(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path, f"IMG_{number:04}.jpg", jpeg())
@@ -167,6 +237,56 @@ def test_a_manifest_alone_names_all_pictures(tmp_path: Path) -> None:
     assert found.samples[0].loss_scale == 0.5 and not found.problems
     write(tmp_path, "list.jsonl", rows + '{"image": "pictures/gone.png"}')
     assert "gone.png: named in the manifest, but not there" in problems(scan([Root("subject", path, None)]))
+
+
+def test_manifests_of_folders_below_count(tmp_path: Path) -> None:
+    for name in ("a.png", "train/b.png", "train/deep/c.png"):
+        write(tmp_path, name, png())
+    write(tmp_path, "Manifest.JSON", f'[{{"image": "{tmp_path}/a.png", "caption": "one"}}]')
+    write(tmp_path, "train/metadata.jsonl", '{"file_name": "./b.png", "text": "two"}\n{"file_name": "deep/c.png"}')
+    found = scanned(tmp_path)
+    assert captions(found) == {"a.png": "one", "train/b.png": "two", "train/deep/c.png": "c"} and not found.problems
+    write(tmp_path, "manifest.jsonl", "")
+    assert any(note.startswith("second manifests") and "manifest.jsonl" in note for note in scanned(tmp_path).notes)
+    write(tmp_path, "train/deep/metadata.jsonl", '{"image": "c.png"}\n{"image": "../b.png"}\n{"image": "gone.png"}')
+    write(tmp_path, "train/deep/text.txt", "no picture")
+    with pytest.raises(DataError) as caught:
+        scanned(tmp_path).usable("skip")
+    assert "deep/metadata.jsonl: it names 'c.png', as a manifest above it does" in str(caught.value)
+    assert "deep/metadata.jsonl: it names '../b.png', outside of its folder" in str(caught.value)
+    assert "gone.png: named in the manifest, but not there" in problems(scanned(tmp_path))
+
+
+def test_all_that_is_wrong_with_a_manifest_is_reported(tmp_path: Path) -> None:
+    for name in ("a.png", "notes.md"):
+        write(tmp_path, name, png())
+    write(tmp_path, "a.txt", b"\xff")
+    rows = '{"image": "a.png", "flip_p": 2}\n{"image": "notes.md"}\n{"image": "a.png"}\n7\n'
+    path = write(tmp_path, "metadata.jsonl", rows)
+    for root in (tmp_path, path):
+        assert [str(problem).partition(": ")[2] for problem in scanned(root).problems] == [
+            "not UTF-8 at byte 0 (0xff), perhaps Latin-1: save it as UTF-8",
+            "line 1: flip_p is 2: a number from 0 to 1 is expected",
+            'line 4: it is not an object: write {"image": "…", "caption": "…"}',
+            "named in the manifest, but not a picture that is read: mend the manifest or add the picture",
+        ]
+
+
+def test_a_pipe_in_a_manifest_s_place_is_a_problem(tmp_path: Path) -> None:
+    write(tmp_path, "a.png", png())
+    os.mkfifo(tmp_path / "manifest.json")
+    assert "manifest.json: not a regular file" in problems(scanned(tmp_path))
+
+
+def test_a_manifest_alone_may_name_pictures_anywhere(tmp_path: Path) -> None:
+    decomposed = "cafe\u0301.png"
+    for name in ("lists/a.png", "lists/other.yaml", f"pictures/{decomposed}", "pictures/b.png"):
+        write(tmp_path, name, png())
+    images = ["./a.png", "../pictures/café.png", f"{tmp_path}/pictures/b.png"]
+    path = write(tmp_path, "lists/all.json", json.dumps([{"image": image, "caption": image[-5:]} for image in images]))
+    found = scanned(path)
+    assert not found.problems and not found.notes[1:]
+    assert captions(found) == {"a.png": "a.png", "../pictures/café.png": "é.png", "../pictures/b.png": "b.png"}
 
 
 def test_pictures_in_a_folder_s_manifest_must_be_there(tmp_path: Path) -> None:

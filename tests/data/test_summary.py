@@ -33,6 +33,20 @@ def test_small_cropped_and_few_pictures_are_listed(tmp_path: Path) -> None:
     assert "64×16: 1" in notes and "32×32: 2" not in notes
 
 
+def test_pictures_that_are_never_drawn_do_not_fill_a_batch(tmp_path: Path) -> None:
+    for stem in ("a", "b"):
+        write(tmp_path, f"{stem}.png", png(32, 32, ord(stem)))
+    write(tmp_path, "tall/c.png", png(16, 64))
+    write(tmp_path, "tall/multiply.txt", "0")
+    write(tmp_path, "a.yaml", "multiply: 0")
+    source = source_of(tmp_path, 2)
+    assert bucket_lines(source.plan) == [
+        "16×64: 0 pictures, 1 never (multiply 0)", "32×32: 1 pictures, 1 never (multiply 0)"
+    ]  # fmt: skip
+    (note,) = size_notes(source.samples, source.plan)
+    assert "fewer pictures than batch_size 2" in note and "32×32: 1" in note and "16×64" not in note
+
+
 def test_the_rests_are_what_is_not_trained(tmp_path: Path) -> None:
     source = source_of(make_set(tmp_path), 2)
     plan = source.plan

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from everydream.errors import ConfigError, DataError, Stopped
-from everydream.training import prior
+from everydream.training import lock, prior
 from everydream.training.lock import Lock
-from everydream.training.prior import file_name, generate_missing, missing
+from everydream.training.prior import PassingLock, file_name, generate_missing, missing
 from tests.training.processes import on_processes
 
 
@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_no_half_picture(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(DataError, match=r"class-000001-seed-5\.png cannot be written .*No space left"):
         fill(tmp_path, 3)
-    assert sorted(os.listdir(tmp_path)) == [".everydream.lock", file_name(0, 5)]
+    assert os.listdir(tmp_path) == [file_name(0, 5)]
 
 
 def test_two_runs_do_not_fill_one_folder_at_once(tmp_path: Path) -> None:
@@ -140,6 +140,24 @@ def test_two_runs_do_not_fill_one_folder_at_once(tmp_path: Path) -> None:
         fill(tmp_path, 3)
     assert fill(tmp_path, 3) == 3
     assert fill(tmp_path, 4) == 1, "the lock was given back"
+    assert not list(tmp_path.glob(".*")), "and its file removed"
+
+
+def test_a_lock_whose_file_its_holder_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, real, taken = tmp_path / ".everydream.lock", lock._lock, []
+
+    def late(handle: int) -> None:
+        """The first time the holder ends between our opening the file and our locking it."""
+        if not taken:
+            path.unlink()
+        taken.append(handle)
+        real(handle)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with PassingLock(path) as ours:
+        assert len(taken) == 2
+        assert ours._handle is not None and os.fstat(ours._handle).st_ino == path.stat().st_ino
+    assert not path.exists()
 
 
 def test_an_error_on_one_process_ends_all_and_gives_the_lock_back(tmp_path: Path) -> None:
