@@ -72,9 +72,7 @@ Text = Annotated[str, Field(min_length=1, title="a text that is not empty")]
 MOST = 10**9  # above what any run counts to
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Whole = Annotated[int, Field(ge=0, le=MOST)]
-Few = Annotated[
-    int, Field(ge=1, le=10**6)
-]  # pictures or batches of one update: plans are made by counting through them
+Few = Annotated[int, Field(ge=1, le=10**6)]  # pictures or batches of one update
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
