@@ -14,6 +14,7 @@ from math import isinf
 from pathlib import Path
 from typing import Any
 
+from everydream.config.files import ACTIONS, elsewhere
 from everydream.config.kinds import Kind, kinds
 from everydream.config.legacy import ALIASES, REFUSED, RETIRED, means_null, translate
 from everydream.config.schema import Settings
@@ -23,7 +24,6 @@ from everydream.errors import did_you_mean
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLEANS = {"true": True, "false": False, "True": True, "False": False}
-_OWN = ("config", "print_config", "dry_run", "help")
 
 
 @dataclass
@@ -41,7 +41,7 @@ def read(argv: Sequence[str], report: Report) -> Line:
     line = Line()
     raw: dict[str, Stated] = {}
     for option, words in _options(argv, report):
-        if option in _OWN:
+        if option in ACTIONS:
             _own(line, option, words, report)
         else:
             _setting(option, words, raw, line.source, report)
@@ -69,7 +69,8 @@ def _options(argv: Sequence[str], report: Report) -> list[tuple[str, list[str]]]
 
 def _own(line: Line, option: str, words: list[str], report: Report) -> None:
     def refuse(wanted: str) -> None:
-        report.problem(COMMAND_LINE, f"--{option} {' '.join(words)}: write {wanted}")
+        said = " ".join([f"--{option}", *(word or '""' for word in words)])
+        report.problem(COMMAND_LINE, f"{said}: write {wanted}")
 
     if option == "help":
         line.help = True
@@ -99,10 +100,10 @@ def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Sour
     name = ALIASES[key].key if key in ALIASES else key
     if key in RETIRED:
         report.note_at(COMMAND_LINE, RETIRED[key].say(shown))
-    elif name not in fields or (negated and bool not in fields[name].types):
-        hint = did_you_mean(option, [*fields, *ALIASES, *_OWN]).replace("'", "'--", 1)
+    elif name not in fields or (negated and bool not in _kind(key, name).types):
+        hint = elsewhere(key) or did_you_mean(option, [*fields, *ALIASES, *ACTIONS]).replace("'", "'--", 1)
         report.problem(COMMAND_LINE, f"{shown} is not a setting.{hint}")
-    elif name in source.unset or (name in raw and not fields[name].many):
+    elif name in source.unset or (name in raw and (words == ["null"] or not fields[name].many)):
         report.problem(COMMAND_LINE, f"{shown} is given twice")
         source.wrong.add(name)
     else:
@@ -116,9 +117,14 @@ def _setting(option: str, words: list[str], raw: dict[str, Stated], source: Sour
             raw[name] = Stated(value, COMMAND_LINE, COMMAND_LINE, shown)
 
 
+def _kind(key: str, name: str) -> Kind:
+    """Of an old key that is a switch: what it takes itself, not what its setting takes."""
+    return Kind(types=(bool,)) if key in ALIASES and ALIASES[key].values else kinds(Settings)[name]
+
+
 def _value(key: str, name: str, shown: str, said: bool | None, words: list[str], report: Report) -> Any:
     """What an option says: None for null, REFUSED after a problem; `said` False for --no_flag."""
-    kind = Kind(types=(bool,)) if key in ALIASES and ALIASES[key].values else kinds(Settings)[name]
+    kind = _kind(key, name)
     if said is not None and words:
         report.problem(COMMAND_LINE, f"{shown} takes no value")
         return REFUSED
@@ -129,7 +135,7 @@ def _value(key: str, name: str, shown: str, said: bool | None, words: list[str],
         return REFUSED
     value = _parse(kind, words) if said is None else said
     if key in ALIASES:
-        value = translate(key, value, COMMAND_LINE, report)
+        value = translate(key, value, shown, COMMAND_LINE, report)
     return None if means_null(name, value, shown, COMMAND_LINE, report) else value
 
 

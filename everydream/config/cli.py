@@ -5,13 +5,14 @@ Everything here runs before torch is imported: a mistake is answered in under ha
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from everydream.config.redact import clean
 from everydream.config.resolve import Resolved, resolve
-from everydream.errors import ConfigError
+from everydream.errors import ConfigError, SaveError
 
 
 def settings_or_exit(argv: Sequence[str]) -> Resolved:
@@ -24,23 +25,34 @@ def settings_or_exit(argv: Sequence[str]) -> Resolved:
     try:
         resolved = resolve(argv, os.environ)
     except ConfigError as error:
-        _print(*error.problems, to_stderr=True)
+        _say(error.problems)
         sys.exit(error.exit_code)
     if resolved.action in ("print_config", "print_config_json"):
-        if resolved.notes:
-            _print(*resolved.notes, to_stderr=True)
+        _say(resolved.notes)
         _print(show.config_json(resolved) if resolved.action == "print_config_json" else show.config_table(resolved))
         sys.exit(0)
     return resolved
 
 
-def _print(*texts: str, to_stderr: bool = False) -> None:
+def _say(texts: Iterable[str]) -> None:
+    if _is_rank_0():
+        for text in texts:
+            print(clean(text), file=sys.stderr)
+
+
+def _print(result: str) -> None:
+    """On stdout. What its encoding does not have is escaped: a name of a file may be any bytes."""
     if not _is_rank_0():
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        print(*map(clean, texts), sep="\n", file=sys.stderr if to_stderr else sys.stdout, flush=True)
-    except BrokenPipeError:  # `… --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(result, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        if not isinstance(error, BrokenPipeError):  # that is `… --help | head`
+            _say([f"the result cannot be written to stdout: {error.strerror}"])
+            sys.exit(SaveError.exit_code)
 
 
 def _is_rank_0() -> bool:

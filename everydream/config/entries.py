@@ -18,8 +18,10 @@ class Override(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """`default`: what held if nobody stated anything. `place`: the origin with its line ("train.json:7").
-    `inherited`: follows from another entry, so that a repeat of the run derives it anew."""
+    """`default`: what held if nobody stated anything. `place`: the origin with its line ("train.json:7"), `name` how
+    it is called there; both empty where nobody stated it.
+    `inherited`: follows from another entry, so that a repeat of the run derives it anew. `beneath`: the entry that
+    held without another setting, which stands over it; a repeat begins with this one."""
 
     value: Any
     origin: str = DEFAULT
@@ -27,6 +29,8 @@ class Entry:
     default: Any = None
     place: str = ""
     inherited: bool = False
+    name: str = ""
+    beneath: Entry | None = None
 
     def as_json(self) -> dict[str, Any]:
         overrides = [{"origin": one.origin, "value": plain(one.value)} for one in self.overrides]
@@ -38,16 +42,14 @@ def default_entry(value: Any) -> Entry:
 
 
 def choose(key: str, sources: Sequence[Source], default: Entry) -> Entry:
-    """Precedence: the first of `sources` that states the key (highest first). Unset: the default."""
+    """Precedence: the first of `sources` that states the key (highest first). Unset: the default, whoever spoke."""
     stated = [source.values[key] for source in sources if key in source.values]
     if key in sources[0].unset:
-        told = [one.value for one in stated if one.origin == LAUNCHER]  # null hides what files say, nothing else
-        hidden = [one for one in stated if one.origin != LAUNCHER]
-        return replace(default, value=(*told, default.value)[0], origin=UNSET, overrides=_overrides(hidden), place="")
+        return replace(default, origin=UNSET, overrides=_overrides(stated), place="", name="")
     if not stated:
         return default
     first, *hidden = stated
-    return Entry(first.value, first.origin, _overrides(hidden), default.default, first.place)
+    return Entry(first.value, first.origin, _overrides(hidden), default.default, first.place, name=first.name)
 
 
 def _overrides(stated: Sequence[Stated]) -> tuple[Override, ...]:
@@ -56,14 +58,12 @@ def _overrides(stated: Sequence[Stated]) -> tuple[Override, ...]:
 
 def say_overrides(name: str, entry: Entry, report: Report) -> None:
     """ "lr 2e-06 from train.json overrides 1e-06 from optimizer.json", where the values differ."""
-    for hidden in entry.overrides:
-        if hidden.value == entry.value or entry.origin == DRAWN:
-            continue
-        if hidden.origin == LAUNCHER and hidden.value == entry.default:  # accelerate launch says "no" unasked
-            continue
-        if entry.origin == UNSET:
-            report.note(f"{name} {show(entry.value)}: null on the command line hides "
-                        f"{show(hidden.value)} from {hidden.origin}")  # fmt: skip
-        else:
-            report.note(f"{name} {show(entry.value)} from {entry.origin} overrides "
-                        f"{show(hidden.value)} from {hidden.origin}")  # fmt: skip
+    hidden = [
+        f"{show(one.value)} from {one.origin}"
+        for one in entry.overrides
+        if one.value != entry.value and not (one.origin == LAUNCHER and one.value == entry.default)
+    ]  # accelerate launch says "no" unasked
+    if hidden and entry.origin == UNSET:
+        report.note(f"{name} {show(entry.value)}: null on the command line hides {' and '.join(hidden)}")
+    elif hidden and entry.origin != DRAWN:
+        report.note(f"{name} {show(entry.value)} from {entry.origin} overrides {' and '.join(hidden)}")

@@ -38,6 +38,7 @@ from everydream.config.sources import Report, Source, Stated, check, show
 from everydream.errors import ConfigError, did_you_mean
 
 FORMAT = "everydream-config-1"
+ACTIONS = ("config", "print_config", "dry_run", "help")
 SCALE = "text_encoder_lr_scale"
 
 
@@ -91,16 +92,19 @@ class File:
             if key in retired:
                 self.report.note_at(place, retired[key].say(name))
             elif field_name not in model.model_fields:
-                hint = did_you_mean(key, [*model.model_fields, *aliases, *others])
+                hint = elsewhere(key) if model is Settings else ""
+                hint = hint or did_you_mean(key, [*model.model_fields, *aliases, *others])
                 self.report.problem(place, f"{name} is not a setting.{hint}")
             elif field_name in found:
                 self.report.problem(place, f"{name} stands beside {found[field_name].name}: they are the same setting")
                 wrong.add(field_name)
             else:
-                value = translate(key, value, place, self.report) if aliases is ALIASES and key in aliases else value
+                value = (
+                    translate(key, value, name, place, self.report) if aliases is ALIASES and key in aliases else value
+                )
                 if value is REFUSED:
                     wrong.add(field_name)
-                elif value is not None and not means_null(field_name, value, name, place, self.report):
+                elif not means_null(field_name, value, name, place, self.report):
                     shown = name if key == field_name else f"{name} ({field_name})"
                     found[field_name] = Stated(value, self.origin, place, shown)
         return found, wrong
@@ -126,6 +130,19 @@ def _name(address: strict_json.Address) -> str:
     """base.lr; with quotes where a key is no name, so that `"lr:"` shows its colon."""
     name = ".".join(address)
     return name if name.replace(".", "_").isidentifier() else json.dumps(name, ensure_ascii=False)
+
+
+def elsewhere(key: str) -> str:
+    """Where a key that is no setting of train.json's belongs."""
+    if key in ACTIONS:
+        return f" It is said on the command line alone: --{key}."
+    if key in Settings.model_fields:
+        return ""
+    if key in OptimizerFile.model_fields or key in PartFile.model_fields:
+        return " It belongs into optimizer.json, the file that optimizer_config names."
+    if key in ValidationSettings.model_fields:
+        return " It belongs into the validation file, which validation_config names."
+    return ""
 
 
 def is_comment(key: str) -> bool:

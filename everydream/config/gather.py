@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from everydream.config.files import (
 )
 from everydream.config.parts import BASE, FREEZING, KEYS, TEXT_ENCODER
 from everydream.config.schema import Settings, absolute
-from everydream.config.sources import LAUNCHER, Report, Source, Stated, check
+from everydream.config.sources import LAUNCHER, Report, Source, Stated, check, show
 from everydream.errors import ConfigError
 
 
@@ -85,6 +86,15 @@ def _validation(path: Path | None, found: Files, report: Report) -> None:
         found.validation = validation_source(File(path, report))
     except ConfigError as error:
         report.problems += error.problems
+
+
+def processes(environ: Mapping[str, str], report: Report) -> int:
+    """How many the launcher started: it hands each of them this variable."""
+    told = environ.get("WORLD_SIZE") or "1"
+    if re.fullmatch("[1-9][0-9]{0,8}", told):
+        return int(told)
+    report.problem(LAUNCHER, f"WORLD_SIZE is {show(told)}, but must be a whole number ≥ 1.")
+    return 1
 
 
 def launcher(environ: Mapping[str, str], report: Report) -> Source:

@@ -85,4 +85,4 @@ def _narrow(kind: Kind, metadata: Iterable[Any]) -> Kind:
 
 
 def _number(bound: float) -> str:
-    return "2^63 - 1" if bound == 2**63 - 1 else str(bound)
+    return {2**63 - 1: "2^63 - 1", 10**9: "10^9", 10**6: "10^6"}.get(int(bound), str(bound))

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from everydream.config.sources import Report
+from everydream.config.sources import Report, show
 
 REFUSED = object()
 
 
 @dataclass(frozen=True)
 class Alias:
-    """`values`: what each old value becomes, where it is not taken as it is (None: as if the key were not there)."""
+    """`values`: what true and false become, of an old key that is a switch. Others are taken as they are."""
 
     key: str
-    values: Mapping[Any, Any] = field(default_factory=dict)
+    values: Mapping[bool, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ ALIASES = {
     "resume_ckpt": Alias("base_model"),
     "sample_every_n_steps": Alias("sample_steps"),
     "log_every_n_steps": Alias("log_step"),
-    "no_save_ckpt": Alias("save_single_file", {True: False, False: None}),
-    "save_full_precision": Alias("save_dtype", {True: "float32", False: None}),
+    "no_save_ckpt": Alias("save_single_file", {True: False, False: True}),
+    "save_full_precision": Alias("save_dtype", {True: "float32", False: "float16"}),
 }
 
 RETIRED = {
@@ -83,20 +83,20 @@ VALIDATION_ALIASES = {"val_data_root": Alias("manual_data_root")}
 VALIDATION_COMMENTS = ("documentation",)
 
 
-def translate(key: str, value: Any, place: str, report: Report) -> Any:
-    """An alias's value as its setting has it, None for "as if it were not there", REFUSED after a problem.
-
-    Values that the table does not know are left for the schema to refuse.
-    """
+def translate(key: str, value: Any, name: str, place: str, report: Report) -> Any:
+    """An alias's value as its setting has it, REFUSED after a problem; `name` as messages write the key."""
     alias = ALIASES[key]
     if key == "resume_ckpt" and value == "findlast":
         report.problem(place, 'resume_ckpt "findlast" is now --resume latest; base_model names the model to start from')
         return REFUSED
-    return alias.values[value] if alias.values and isinstance(value, bool) else value
+    if alias.values and not isinstance(value, bool):
+        report.problem(place, f"{name} is {show(value)}, but must be true or false.")
+        return REFUSED
+    return alias.values[value] if alias.values else value
 
 
 def means_null(key: str, value: Any, name: str, place: str, report: Report) -> bool:
-    if isinstance(value, bool) or key not in MEANS_NULL or value != MEANS_NULL[key]:
+    if type(value) is not int or key not in MEANS_NULL or value != MEANS_NULL[key]:
         return False
     report.note_at(place, f"{name} {value} is taken as null")
     return True

@@ -28,7 +28,7 @@ Settings come from the command line, from `train.json` (`--config train.json`), 
 **command line > train.json > optimizer.json > launcher > default**
 
 - In a file `null` is the same as leaving the key out; `0` and `false` are values. On the command line `--key null`
-  hides what the files say, so that the default holds.
+  hides what the files and the launcher say, so that the default holds.
 - Paths on the command line are relative to the working directory, those in a file to the file's folder. `~` is your
   home folder.
 - Without `--config` no file is read. Without `optimizer_config` no optimizer file is.
@@ -141,7 +141,7 @@ SAME_NAME = {
     "lr_warmup_steps": "in optimizer updates",
     "max_epochs": "with max_steps, whichever comes first",
     "min_snr_gamma": "right for v-prediction too",
-    "mixed_precision": "no, fp16, bf16; null: what accelerate launch says",
+    "mixed_precision": "no, fp16, bf16; null in a file: what accelerate launch says",
     "optimizer_config": "null: no file is read, not even ./optimizer.json",
     "plugins": "classes as package.Class; EveryDream2's own plugins do not fit",
     "project_name": "",
@@ -178,6 +178,6 @@ def _became(key: str) -> str:
     if key not in ALIASES:
         return f"the same; {SAME_NAME[key]}" if SAME_NAME[key] else "the same"
     alias = ALIASES[key]
-    values = [f"{show(old)} is {show(new)}" for old, new in alias.values.items() if new is not None]
+    values = [f"{show(old)} is {show(new)}" for old, new in alias.values.items()]
     findlast = '; for "findlast" use --resume latest' if key == "resume_ckpt" else ""
-    return f"another name for {alias.key}" + "".join(f": {text}" for text in values) + findlast
+    return f"another name for {alias.key}" + (": " + ", ".join(values) if values else "") + findlast

@@ -9,7 +9,7 @@ from typing import Any
 from everydream.config.entries import Entry, Override, choose, default_entry, say_overrides
 from everydream.config.files import SCALE, OptimizerSource
 from everydream.config.schema import TextEncoderFreezing
-from everydream.config.sources import DEFAULT, Report, Source
+from everydream.config.sources import DEFAULT, UNSET, Report, Source, show
 from everydream.optim.table import HYPERPARAMETERS, Row, row_of, unknown
 
 DEFAULT_OPTIMIZER = "adamw8bit"
@@ -57,9 +57,10 @@ def resolve_parts(line: Source, train: Source, file: OptimizerSource, report: Re
     scale = choose(SCALE, [file.other], default_entry(1.0))
     text_sources = [_text_encoder_lr(line), _text_encoder_lr(train), file.text_encoder]
     inherited = {key: replace(entry, overrides=(), inherited=True) for key, entry in base.items()}
-    inherited["lr"] = replace(inherited["lr"], value=base["lr"].value * scale.value)
+    if scale.value != 1:
+        inherited["lr"] = _scaled(base["lr"], scale)
     text_row = _row(choose("optimizer", text_sources, inherited["optimizer"]))
-    if text_row != base_row:
+    if text_row.cls != base_row.cls:  # a row and its class by its dotted name are the same
         inherited |= {key: _default(text_row, key) for key in (*HYPERPARAMETERS, "args")}
     text = {key: choose(key, text_sources, inherited[key]) for key in KEYS}
     _say_unused(text, text_row, report)
@@ -112,21 +113,27 @@ def _text_encoder_lr(source: Source) -> Source:
     return Source(source.origin, renamed(source.values), renamed(source.unset))
 
 
+def _scaled(lr: Entry, scale: Entry) -> Entry:
+    """The share of base's lr is the scale's doing; base's own lr is what it overrides, where somebody stated that."""
+    hidden = () if lr.origin == DEFAULT else (Override(lr.origin, lr.value),)
+    return replace(scale, value=lr.value * scale.value, overrides=hidden, default=lr.default, inherited=True)
+
+
 def _say_unused(entries: dict[str, Entry], row: Row, report: Report) -> None:
     for key in HYPERPARAMETERS:
         entry = entries[key]
         if key in row.hyperparameters or entry.value is None:
             continue
-        report.note(f"{key} {entry.value} from {entry.origin} is unused: {row.name} has no {key}")
+        report.note(f"{entry.name} {show(entry.value)} from {entry.origin} is unused: {row.name} has no {key}")
         entries[key] = Entry(None, DEFAULT, (Override(entry.origin, entry.value), *entry.overrides))
 
 
 def _say_lr(lr: Entry, scale: Entry, base: Row, text: Row, report: Report) -> None:
     if not lr.inherited and scale.value != 1:
-        report.note(f"{SCALE} {scale.value} from {scale.origin} is without effect: the text encoder's lr "
-                    f"{lr.value} comes from {lr.origin}")  # fmt: skip
+        report.note(f"{SCALE} {show(scale.value)} from {scale.origin} is without effect: the text encoder's lr "
+                    f"{show(lr.value)} comes from {lr.origin}")  # fmt: skip
     if lr.inherited and text != base and text.defaults["lr"] != base.defaults["lr"]:
-        report.note(f"the text encoder's lr {lr.value} is inherited from {base.name}; {text.name} usually takes "
+        report.note(f"the text encoder's lr {show(lr.value)} is inherited from {base.name}; {text.name} usually takes "
                     f"{text.defaults['lr']}: set text_encoder_lr")  # fmt: skip
 
 
@@ -134,5 +141,6 @@ def say_part_overrides(entries: Mapping[str, Entry], report: Report) -> None:
     names = {BASE + "lr": "lr", TEXT_ENCODER + "lr": "text_encoder_lr"}
     names |= {BASE + key: key for key in SCHEDULE_KEYS}
     for key, entry in entries.items():
-        if key.startswith("optimizer.") and entry.value is not None:
+        # What is inherited is the base's word; but null on the command line hides the part's own, too.
+        if key.startswith("optimizer.") and entry.value is not None and (not entry.inherited or entry.origin == UNSET):
             say_overrides(names.get(key, key.removeprefix("optimizer.")), entry, report)

@@ -20,8 +20,11 @@ _SECRET_FORMS = (
     re.compile(r"\bwandb_v\d_\w{16,}"),
     re.compile(r"\bsk-[A-Za-z0-9_-]{16,}"),
     re.compile(r"\bAKIA[A-Z0-9]{16}\b"),
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),  # user:password@host
-    re.compile(r"(?i)(?<=[?&])(?:\w*token|\w*key|\w*secret|password|signature)=[^&\s#]+"),
+)
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+_SECRETS_OF_URLS = (  # elsewhere "?key=" is a question, or a prompt
+    re.compile(r"(?<=://)[^/:@]+:[^/@]+(?=@)"),  # user:password@host
+    re.compile(r"(?i)(?<=[?&])(?:\w*token|\w*key|\w*secret|password|signature)=[^&#,]+"),
 )
 
 
@@ -49,7 +52,7 @@ def _clean(value: Any, hidden: tuple[str, ...]) -> Any:
             value = value.replace(secret, HIDDEN)
         for form in _SECRET_FORMS:
             value = form.sub(HIDDEN, value)
-        return value
+        return _URL.sub(_clean_url, value)
     if isinstance(value, Mapping):
         return {
             _clean(key, hidden): HIDDEN if isinstance(key, str) and item and isinstance(item, str)
@@ -57,6 +60,13 @@ def _clean(value: Any, hidden: tuple[str, ...]) -> Any:
             for key, item in value.items()
         }  # fmt: skip
     return [_clean(item, hidden) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _clean_url(found: re.Match[str]) -> str:
+    url = found.group()
+    for form in _SECRETS_OF_URLS:
+        url = form.sub(HIDDEN, url)
+    return url
 
 
 def _replace(value: Any, pattern: re.Pattern[str], text: str) -> Any:

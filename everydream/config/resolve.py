@@ -12,9 +12,7 @@ from typing import Any
 
 from everydream.config import arguments, checks, gather
 from everydream.config.entries import Entry, Override, choose, default_entry, say_overrides
-from everydream.config.files import (
-    FORMAT,
-)
+from everydream.config.files import FORMAT
 from everydream.config.kinds import kinds
 from everydream.config.parts import (
     BASE,
@@ -63,7 +61,7 @@ class Resolved:
         settings = {
             key: {"value": plain(entry.value), "origin": entry.origin}
             | ({"inherited": True} if entry.inherited else {})
-            for key, entry in self.entries.items()
+            for key, entry in ((key, shown.beneath or shown) for key, shown in self.entries.items())
             if key not in NOT_RECORDED
         }
         return {"format": FORMAT, "processes": self.processes, "settings": clean(settings)}
@@ -81,7 +79,7 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     line = arguments.read(argv, report)
     files = gather.files(line, report)
     launcher = gather.launcher(environ, report)
-    processes = int(environ.get("WORLD_SIZE") or 1)
+    processes = gather.processes(environ, report)
 
     entries = _choose_settings([line.source, files.train, launcher], report)
     entries |= resolve_parts(line.source, files.train, files.optimizer, report)
@@ -162,8 +160,9 @@ def _choose_validation(source: Source | None, entries: dict[str, Entry]) -> Vali
     }
     steps = entries["validate_every_n_steps"]
     if steps.value is not None:
-        overridden = Override(chosen["every_n_steps"].origin, chosen["every_n_steps"].value)
-        chosen["every_n_steps"] = replace(steps, overrides=(*steps.overrides, overridden))
+        own = chosen["every_n_steps"]
+        hidden = (Override(own.origin, own.value),) if own.place else ()
+        chosen["every_n_steps"] = replace(steps, overrides=(*steps.overrides, *hidden), beneath=own)
     entries |= {f"validation.{key}": entry for key, entry in chosen.items()}
     return ValidationSettings(**{key: entry.value for key, entry in chosen.items()})
 

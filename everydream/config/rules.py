@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from everydream.config.files import SCALE
 from everydream.config.parts import BASE, CONSTANT, FREEZING, TEXT_ENCODER
 
 Values = Mapping[str, Any]
-PROCESSES = "processes"  # not a setting, but known from the launcher and part of some rules
+# No settings, but part of some rules: what the launcher says, and the keys whose value follows from another's
+PROCESSES, INHERITED = "processes", "inherited"
 
 # Two settings → when they contradict → why, and what to do
 CONTRADICTIONS: tuple[tuple[tuple[str, str], Callable[[Values], bool], str], ...] = (
@@ -62,19 +64,12 @@ CONTRADICTIONS: tuple[tuple[tuple[str, str], Callable[[Values], bool], str], ...
     (("weights_dtype", "mixed_precision"),
      lambda v: v["weights_dtype"] == "bfloat16" and v["mixed_precision"] == "fp16",
      "bfloat16 weights do not fit into fp16. Use mixed_precision bf16, or weights_dtype float32"),
-    (("quiet", "verbose"), lambda v: v["quiet"] and v["verbose"], "Leave one of them out"),
+    (("quiet", "verbose"), lambda v: v["quiet"] and v["verbose"],
+     "one asks for fewer lines, the other for more. Leave one of them out"),
     (("validation.val_split_mode", "validation.manual_data_root"),
      lambda v: v.get("validation.val_split_mode") == "manual" and v["validation.manual_data_root"] is None,
      "manual takes its pictures from a folder. Set manual_data_root"),
 )  # fmt: skip
-
-
-def _is_constant(prefix: str) -> Callable[[Values], bool]:
-    return lambda v: v[prefix + "lr_scheduler"] == "constant"
-
-
-def _has_no_decay(prefix: str) -> Callable[[Values], bool]:
-    return lambda v: v[prefix + "lr_scheduler"] in CONSTANT
 
 
 _NO_CLASS = "without class_data_root there is no prior preservation"
@@ -97,7 +92,9 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Values], bool], str], ...] = (
     ("save_dtype", lambda v: not v["save_single_file"], "save_single_file is false"),
     ("resume_changed", lambda v: v["resume"] is None, _NO_RESUME),
     ("accept_data_changes", lambda v: v["resume"] is None, _NO_RESUME),
-    ("sample_steps", lambda v: v["sample_prompts"] is None, "without sample_prompts there are no previews"),
+    ("process_timeout_minutes", lambda v: v[PROCESSES] == 1, "there is one process"),
+    ("sample_steps", lambda v: v["sample_prompts"] is None and v["sample_steps"] != 0,
+     "without sample_prompts there are no previews"),
     ("validate_every_n_steps", lambda v: v["validation_config"] is None, "there is no validation_config"),
     ("validation.manual_data_root", lambda v: v["validation.val_split_mode"] != "manual",
      "val_split_mode is not manual"),
@@ -105,15 +102,21 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Values], bool], str], ...] = (
      "val_split_mode is not automatic"),
     ("validation.stabilize_split_proportion", lambda v: not v["validation.stabilize_training_loss"],
      "stabilize_training_loss is false"),
-    (BASE + "lr_warmup_steps", _is_constant(BASE), "lr_scheduler is constant (constant_with_warmup has a warm-up)"),
-    (BASE + "lr_decay_steps", _has_no_decay(BASE), "lr_scheduler is constant"),
-    (TEXT_ENCODER + "lr_warmup_steps", _is_constant(TEXT_ENCODER),
-     "the text encoder's lr_scheduler is constant (constant_with_warmup has a warm-up)"),
-    (TEXT_ENCODER + "lr_decay_steps", _has_no_decay(TEXT_ENCODER), "the text encoder's lr_scheduler is constant"),
-    *((TEXT_ENCODER + key, lambda v: v["disable_textenc_training"], _FROZEN) for key in ("optimizer", "lr")),
+    # beside an lr of the text encoder's own: parts.py
+    (f"optimizer.{SCALE}", lambda v: v["disable_textenc_training"] and TEXT_ENCODER + "lr" in v[INHERITED], _FROZEN),
     *((FREEZING + key, lambda v: v["disable_textenc_training"], _FROZEN)
       for key in ("unfreeze_last_n_layers", "freeze_embeddings", "freeze_final_layer_norm")),
 )  # fmt: skip
+
+# A key of a part's optimizer → when it has no effect, from the part's values → why. A key of base's is without effect
+# only where the text encoder does not inherit it, or has no use for it either.
+PART_WITHOUT_EFFECT: tuple[tuple[str, Callable[[Values], bool], str], ...] = (
+    ("lr_warmup_steps", lambda p: p["lr_scheduler"] == "constant",
+     "lr_scheduler is constant (constant_with_warmup has a warm-up)"),
+    ("lr_decay_steps", lambda p: p["lr_scheduler"] in CONSTANT, "lr_scheduler is constant"),
+    ("no_decay_on_norms", lambda p: p["weight_decay"] == 0, "weight_decay is 0"),
+)  # fmt: skip
+NOT_TRAINED = {BASE: "the UNet is not trained, and the text encoder has its own", TEXT_ENCODER: _FROZEN}
 
 # What is asked of a part's optimizer → the setting that asks → the table's reason against it
 DEMANDS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (

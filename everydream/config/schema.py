@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from everydream.optim.table import SCHEDULES as DECAYS
 
@@ -51,15 +51,28 @@ def _model(value: Any, info: ValidationInfo) -> Any:
     return str(path) if written_as_path or os.path.exists(path) else value
 
 
-_NAME = r"^[^/\\:*?\"<>|\x00-\x1f.][^/\\:*?\"<>|\x00-\x1f]{0,99}$"
-_NAME_IN_WORDS = 'a name of up to 100 characters without / \\ : * ? " < > | and without a dot at the start'
+def _fits_a_disk(name: str) -> str:
+    """Names end at 255 bytes; those made from this one have a date, a step and an ending behind it."""
+    if len(name.encode()) > 200:
+        raise ValueError("too long")
+    return name
+
+
+_CHARACTER, _AT_ENDS = r"[^/\\:*?\"<>|\x00-\x1f]", r"[^/\\:*?\"<>|\x00-\x1f. ]"
+_NAME = f"^{_AT_ENDS}({_CHARACTER}{{0,98}}{_AT_ENDS})?$"
+_NAME_IN_WORDS = (
+    'a name of up to 100 characters (200 bytes) without / \\ : * ? " < > | and without a dot or space at its ends'
+)
 _CLASS = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$"
 _MODEL = "a folder, a single file, or a hub id (owner/name)"
-_FOLDERS = "a folder, or a list of folders"
+_FOLDERS = "a folder or manifest, or a list of them"
 WEIGHT_FILES = (".safetensors", ".ckpt", ".bin", ".pt")
 FilePath = Annotated[Path, BeforeValidator(_path)]
 Text = Annotated[str, Field(min_length=1, title="a text that is not empty")]
-Count = Annotated[int, Field(ge=1)]
+MOST = 10**9  # above what any run counts to
+Count = Annotated[int, Field(ge=1, le=MOST)]
+Whole = Annotated[int, Field(ge=0, le=MOST)]
+Few = Annotated[int, Field(ge=1, le=10**6)]  # pictures or batches of one update
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
@@ -73,10 +86,10 @@ class Tree(BaseModel):
 class Settings(Tree):
     """What train.json and the command line may say. The sections of `--help` begin at the fields in SECTIONS."""
 
-    project_name: Annotated[str, Field(pattern=_NAME, title=_NAME_IN_WORDS)] = Field(
+    project_name: Annotated[str, Field(pattern=_NAME, title=_NAME_IN_WORDS), AfterValidator(_fits_a_disk)] = Field(
         "my_project",
         description="Begins the names of run folders and exported files; --resume latest looks for runs of this name. "
-        "Up to 100 characters that file names may have.",
+        "Up to 100 characters that file names may have, and 200 bytes.",
     )
     run_name: Text | None = Field(
         None, description="Name of the run in the trackers and in its report. Null: the run folder's name."
@@ -99,9 +112,10 @@ class Settings(Tree):
         description="End after this many optimizer updates, 1 or more; with max_epochs, whichever comes first. "
         "Null: max_epochs alone decides.",
     )
-    process_timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+    process_timeout_minutes: Annotated[float, Field(gt=0, le=525600)] = Field(
         30.0,
-        description="Minutes after which processes that wait for another one give it up and end the job, above 0. "
+        description="Minutes after which processes that wait for another one give it up and end the job, above 0, at "
+        "most 525600 (a year). "
         "Without effect with one process.",
     )
 
@@ -116,23 +130,23 @@ class Settings(Tree):
     )
 
     data_root: Annotated[tuple[Path, ...], Field(min_length=1, title=_FOLDERS), BeforeValidator(_paths)] = Field(
-        description="Folder with the pictures to train on and their captions, searched with its sub-folders; "
-        "or a list of folders."
+        description="Folder with the pictures to train on and their captions, searched with its sub-folders; or a "
+        "manifest (.json, .jsonl) of the pictures and captions that count; or a list of them."
     )
     resolution: Annotated[int, Field(ge=16, le=8192)] | None = Field(
         None,
         description="Side in pixels of the square whose area pictures are scaled to, 16 to 8192. "
         "Null: the model's own (512 for Stable Diffusion 1.5).",
     )
-    batch_size: Count = Field(
-        4, description="Pictures in one forward pass of one process, 1 or more. Memory grows with it."
+    batch_size: Few = Field(
+        4, description="Pictures in one forward pass of one process, 1 to 10^6. Memory grows with it."
     )
-    grad_accum: Count = Field(
-        1, description="Micro-batches averaged into one update, 1 or more: a larger batch without its memory."
+    grad_accum: Few = Field(
+        1, description="Micro-batches averaged into one update, 1 to 10^6: a larger batch without its memory."
     )
-    global_batch_size: Count | None = Field(
+    global_batch_size: Few | None = Field(
         None,
-        description="Pictures in one update over all processes, 1 or more, a multiple of batch_size × processes: "
+        description="Pictures in one update over all processes, 1 to 10^6, a multiple of batch_size × processes: "
         "grad_accum follows from it, so that the run may go on with another number of processes. "
         "Null: batch_size × grad_accum × processes.",
     )
@@ -150,7 +164,7 @@ class Settings(Tree):
     shuffle_tags: bool = Field(
         False, description="true: the caption's comma-separated parts change their order for each picture and epoch."
     )
-    keep_tags: Annotated[int, Field(ge=0)] = Field(
+    keep_tags: Whole = Field(
         0, description="How many parts at the caption's start shuffle_tags leaves in place, 0 or more."
     )
     num_workers: Annotated[int, Field(ge=0, le=256)] | None = Field(
@@ -204,9 +218,9 @@ class Settings(Tree):
         description="Caption of class pictures that have none, and the prompt that missing ones are made with. "
         "Null: the file name, as for other pictures.",
     )
-    num_class_images: Count | None = Field(
+    num_class_images: Few | None = Field(
         None,
-        description="Class pictures wanted, 1 or more; missing ones are made with the base model before training "
+        description="Class pictures wanted, 1 to 10^6; missing ones are made with the base model before training "
         "(needs class_data_root and class_prompt). Null: those that are there.",
     )
     prior_loss_weight: Rate = Field(
@@ -240,12 +254,12 @@ class Settings(Tree):
         None,
         description="How the learning rate falls over the run. Null: the optimizer file's, else constant.",
     )
-    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    lr_warmup_steps: Whole | None = Field(
         None,
         description="Updates over which the learning rate rises to its full value, 0 or more; not with lr_scheduler "
         "constant (constant_with_warmup has it). Null: the optimizer file's, else 0.",
     )
-    lr_decay_steps: Annotated[int, Field(ge=1)] | None = Field(
+    lr_decay_steps: Count | None = Field(
         None,
         description="Update at which the learning rate has fallen to its end, warm-up included, 1 or more. "
         "Null: the optimizer file's, else the run's last.",
@@ -277,9 +291,7 @@ class Settings(Tree):
     enable_zero_terminal_snr: bool = Field(
         False, description="true: the last timestep is pure noise (for v-prediction models)."
     )
-    timestep_start: Annotated[int, Field(ge=0)] = Field(
-        0, description="First timestep trained on, 0 or more; 0 has the least noise."
-    )
+    timestep_start: Whole = Field(0, description="First timestep trained on, 0 or more; 0 has the least noise.")
     timestep_end: Count = Field(
         1000, description="Timestep before which training ends, 1 or more, at most the model's number (1000)."
     )
@@ -294,7 +306,7 @@ class Settings(Tree):
     mixed_precision: Literal["no", "fp16", "bf16"] | None = Field(
         None,
         description="Precision of the forward pass: no (float32), bf16, or fp16. "
-        "Null: what accelerate launch was told, else no.",
+        "Null in a file: what accelerate launch was told, else no; --mixed_precision null: no.",
     )
     weights_dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
@@ -334,7 +346,7 @@ class Settings(Tree):
         Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$", title="cpu, cuda, cuda:1, … or mps")] | None
     ) = Field(None, description="Where the average is kept: cpu, cuda, cuda:1, mps. Null: where the model is trained.")
 
-    save_every_n_epochs: Annotated[int, Field(ge=0)] = Field(
+    save_every_n_epochs: Whole = Field(
         20, description="Epochs between two checkpoints, 0 or more; 0: none. The end of the run always saves."
     )
     save_every_n_steps: Count | None = Field(
@@ -376,7 +388,7 @@ class Settings(Tree):
         description="File with the prompts of preview pictures, .txt (one a line) or .json; read anew each time. "
         "Null: no previews.",
     )
-    sample_steps: Annotated[int, Field(ge=0)] = Field(
+    sample_steps: Whole = Field(
         300,
         description="Optimizer updates between two previews, 0 or more; there are also some before training and at its "
         "end. 0: no previews at all.",
@@ -435,10 +447,10 @@ class PartFile(Tree):
         None, description="Learning rate, 0 or more; train.json's and the command line's win. Null: the optimizer's."
     )
     lr_scheduler: Schedule | None = Field(None, description="How the learning rate falls. Null: constant.")
-    lr_warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+    lr_warmup_steps: Whole | None = Field(
         None, description="Updates over which the learning rate rises, 0 or more. Null: 0."
     )
-    lr_decay_steps: Annotated[int, Field(ge=1)] | None = Field(
+    lr_decay_steps: Count | None = Field(
         None, description="Update at which it has fallen to its end, 1 or more. Null: the run's last."
     )
     betas: Betas | None = Field(
@@ -458,7 +470,7 @@ class PartFile(Tree):
 class TextEncoderFreezing(Tree):
     """optimizer.json: which parts of the text encoder are not trained."""
 
-    unfreeze_last_n_layers: Annotated[int, Field(ge=0)] | None = Field(
+    unfreeze_last_n_layers: Whole | None = Field(
         None, description="Train only this many of its last layers, 0 or more. Null: all layers."
     )
     freeze_embeddings: bool = Field(False, description="true: token and position embeddings stay as they are.")
@@ -511,4 +523,4 @@ class ValidationSettings(Tree):
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = Field(
         555, description="Start of validation's own randomness, 0 to 2^63 - 1: the same noise each time."
     )
-    batch_size: Count | None = Field(None, description="Pictures in one forward pass, 1 or more. Null: batch_size.")
+    batch_size: Few | None = Field(None, description="Pictures in one forward pass, 1 to 10^6. Null: batch_size.")

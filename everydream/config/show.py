@@ -9,6 +9,7 @@ from textwrap import fill
 
 from everydream.config.entries import Entry
 from everydream.config.kinds import kinds
+from everydream.config.redact import clean
 from everydream.config.resolve import Resolved
 from everydream.config.schema import SECTIONS, Settings
 from everydream.config.sources import show
@@ -19,7 +20,7 @@ Fine-tune Stable Diffusion on your own pictures.
   accelerate launch -q scripts/train.py --config train.json [--key value …]
 
 Command line > train.json > optimizer.json > accelerate launch > default. A setting is given as --key value;
-yes or no as --key, --no_key or --key false; a list as several values. --key null hides what the files say.
+yes or no as --key, --no_key or --key false; a list as several values. --key null gives the default.
 
   --config PATH           a train.json, or a run's config.json to repeat the run
   --print_config [json]   print every setting with its value and origin, and end
@@ -29,12 +30,13 @@ yes or no as --key, --no_key or --key false; a list as several values. --key nul
 
 
 def config_json(resolved: Resolved) -> str:
-    return json.dumps({key: entry.as_json() for key, entry in resolved.entries.items()}, indent=2, ensure_ascii=False)
+    """For programs: ASCII, so that no terminal's encoding changes it, and cleaned before it is text."""
+    return json.dumps(clean({key: entry.as_json() for key, entry in resolved.entries.items()}), indent=2)
 
 
 def config_table(resolved: Resolved) -> str:
     """Every setting."""
-    return "\n".join(_rows(resolved.entries))
+    return clean("\n".join(_rows(resolved.entries)))
 
 
 def differences(resolved: Resolved) -> str:

@@ -108,4 +108,6 @@ def check(model: type[Tree], stated: Mapping[str, Stated], folder: Path, report:
 def _refusal(one: Stated, model: type[Tree], key: str) -> str:
     kind = kinds(model)[key]
     hint = did_you_mean(one.value, kind.choices) if isinstance(one.value, str) else ""
+    if kind.many and one.value in kind.choices:
+        hint = f" Write [{show(one.value)}]."
     return f"{one.name} is {show(one.value)}, but must be {kind.phrase()}.{hint}"

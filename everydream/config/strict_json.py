@@ -6,6 +6,7 @@ The standard library's reader keeps neither lines nor duplicates, and takes NaN 
 
 from __future__ import annotations
 
+import json
 import re
 from json.decoder import JSONDecodeError, scanstring  # type: ignore[attr-defined]
 from math import isinf
@@ -47,8 +48,9 @@ def read(path: Path, shown: str) -> Document:
         raise ConfigError(f"{shown}: there is no such file") from None
     except OSError as error:
         raise ConfigError(f"{shown}: cannot be read: {error.strerror}") from None
-    if raw.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{shown}:1:1: begins with a byte order mark: save it as UTF-8 without BOM")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")  # Notepad's byte order mark
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{shown}:1:1: begins with a byte order mark of UTF-16: save it as UTF-8")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -166,7 +168,8 @@ class _Reader:
             key, end = self.string(at)
             inner = (*address, key)
             if key in members:
-                self.fail(at, f"{key} stands here a second time (first in line {self.lines[inner]})")
+                name = key if key.isidentifier() else json.dumps(key, ensure_ascii=False)
+                self.fail(at, f"{name} stands here a second time (first in line {self.lines[inner]})")
             self.lines[inner] = self.line(at)
             at = self.skip(end)
             if self.text[at : at + 1] != ":":

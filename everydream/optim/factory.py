@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,28 +31,49 @@ def check(
     weight_decay: float | None = None,
     device: str = "cpu",
 ) -> list[str]:
-    """Build the optimizer once on a dummy weight, so that whatever is wrong with it is said before weights are loaded.
+    """Take one step on a dummy weight, so that whatever is wrong with the optimizer is said before weights are loaded.
 
     Returns what to tell the user once: hyperparameters without effect, and what this device does differently.
-    Raises ConfigError: unknown name, missing package, not an optimizer, unknown or refused arguments.
+    Raises ConfigError: unknown name, missing package, not an optimizer, unknown or refused arguments, no plain step
+    (LBFGS wants a closure). A millisecond, once the library is imported.
     """
     row, cls = _load(name)
-    dummy = Group("check", "dummy", ("dummy",), (torch.nn.Parameter(torch.zeros(2, 2)),))
-    given = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+    place = device if _is_here(device) else "cpu"
+    weight = torch.nn.Parameter(torch.zeros(2, 2, device=place))
+    weight.grad = torch.ones_like(weight)
+    dummy = Group("check", "dummy", ("dummy",), (weight,))
+    given: dict[str, Any] = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
+    does = "refuses its settings"
     try:
-        make(name, [dummy], lr=lr, betas=betas, epsilon=epsilon, weight_decay=weight_decay, args=args)
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        optimizer = make(name, [dummy], lr=lr, args=args, device=place, **given)
+        does = "cannot make a step with its settings"
+        optimizer.step()
+    except ConfigError:
+        raise
+    except Exception as error:  # a class of anybody's may raise anything
         settings = {"lr": lr, **given, **args}
-        shown = ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
-        raise ConfigError(
-            f"optimizer {name!r} refuses its settings ({shown}): {error or type(error).__name__}"
-        ) from error
+        shown = ", ".join(f"{key} {_show(value)}" for key, value in settings.items() if value is not None)
+        raise ConfigError(f"optimizer {name!r} {does} ({shown or 'none'}): {_reason(error)}") from error
     notes = [
-        f"{key} {value} is not used: {row.cls} has no such setting"
+        f"{key} {_show(value)} is not used: {row.cls} has no such setting"
         for key, value in given.items()
         if value is not None and key not in _taken(row, cls)
     ]
     return notes + ([f"{name}: {row.on_cpu}"] if row.on_cpu and torch.device(device).type == "cpu" else [])
+
+
+def _is_here(device: str) -> bool:
+    """Optimizers differ from device to device (capturable, triton), and a plan may be for a card that is elsewhere."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return torch.device(device).type in ("cpu", accelerator.type if accelerator else "cpu")
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def make(
@@ -75,7 +97,7 @@ def make(
     row, cls = _load(name)
     chosen = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
     arguments = dict(row.fixed)
-    arguments["lr"] = row.defaults["lr"] if lr is None else lr
+    arguments["lr"] = lr or row.defaults["lr"]  # 0 is set afterwards: lion's and prodigy's constructors refuse it
     for key, parameter in _taken(row, cls).items():
         value: Any = row.defaults.get(key) if chosen[key] is None else chosen[key]
         if value is not None:
@@ -87,6 +109,9 @@ def make(
 
     def build(some: list[dict[str, Any]]) -> torch.optim.Optimizer:
         optimizer = cls(some, **arguments)
+        if lr == 0:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.0
         if hasattr(optimizer, "is_paged"):
             vars(optimizer)["_cpu_paged_warned"] = True  # bitsandbytes' own words for what `check` has said already
         set_mode(optimizer, training=True)
@@ -162,23 +187,24 @@ def _load(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
     # On a CPU with AVX-512 bitsandbytes warns at import that a 4-bit matrix product, used by nothing here, is missing.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        cls = getattr(importlib.import_module(module), cls_name)
-    except ModuleNotFoundError as error:
+        found = importlib.import_module(module)
+    except Exception as error:  # a module of anybody's may raise anything
         raise ConfigError(
-            f"optimizer {name!r} needs the package {error.name!r}, {_install(row, error.name)}"
+            f"optimizer {name!r}: {module} cannot be imported ({_reason(error)}){_install(row)}"
         ) from error
-    except AttributeError as error:
-        hint = did_you_mean(cls_name, dir(importlib.import_module(module)))
-        raise ConfigError(f"optimizer {name!r}: {module} has no {cls_name}.{hint}") from error
+    cls = getattr(found, cls_name, None)
+    if cls is None:
+        raise ConfigError(f"optimizer {name!r}: {module} has no {cls_name}.{did_you_mean(cls_name, dir(found))}")
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"optimizer {name!r} is not a subclass of torch.optim.Optimizer")
     return row, cls
 
 
-def _install(row: Row, missing: str | None) -> str:
+def _install(row: Row) -> str:
+    """How to get the package. Of a class of one's own only the module is known, which may not be the package's name."""
     if row.extra:
-        return f"which is not installed: pip install 'everydream[{row.extra}]'"
-    return f"which cannot be imported: pip install {row.package if row.package != 'torch' else missing}"
+        return f": pip install 'everydream[{row.extra}]'"
+    return ": install the package that has it" if row.name == row.cls else f": pip install {row.package}"
 
 
 def _signature(cls: type) -> dict[str, inspect.Parameter]:

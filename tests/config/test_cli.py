@@ -65,6 +65,47 @@ def test_print_config_prints_its_result_alone_on_stdout(desk: Desk, capsys: pyte
     assert set(rows) == set(json.loads(leave(capsys, "--config", "train.json", "--print_config", "json")[1]))
 
 
+def test_what_is_printed_for_programs_is_json_whatever_stands_in_it(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", '", "value')
+    desk.write("optimizer.json", {"args": {"api_key": "x"}})
+    said = 'what?key=1", "é" https://a.b/?token=t'
+    argv = ["--config", "train.json", "--instance_prompt", said, "--optimizer_config", "optimizer.json"]
+    desk.train()
+    code, out, _ = leave(capsys, *argv, "--print_config", "json")
+    assert (code, json.loads(out)["instance_prompt"]["value"]) == (0, 'what?key=1", "é" https://a.b/?***')
+    assert json.loads(out)["optimizer.base.args"]["value"] == {"api_key": "***"}
+
+
+DOOR = "import sys; from everydream.config.cli import settings_or_exit; settings_or_exit(sys.argv[1:])"
+
+
+def door(desk: Desk, *argv: str | bytes, out: int | None = None, **environ: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", DOOR, *argv], stdout=out or subprocess.PIPE, stderr=subprocess.PIPE, check=False,
+        cwd=desk.folder, env={**os.environ, "PYTHONPATH": str(ROOT), **environ},
+    )  # fmt: skip
+
+
+def test_names_that_stdout_cannot_write_are_escaped(desk: Desk) -> None:
+    words = [*desk.train(), "--cache_dir", b"\xffcaf\xc3\xa9", "--print_config"]
+    for form in ([], ["json"]):
+        done = door(desk, *words, *form, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert b"\\udcffcaf" in done.stdout
+    assert json.loads(done.stdout)["cache_dir"]["value"].endswith("\udcffcafé")
+    assert door(desk, "--help", PYTHONIOENCODING="ascii").returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk that is always full")
+def test_a_full_stdout_is_said_without_a_traceback(desk: Desk) -> None:
+    with open("/dev/full", "wb") as full:
+        done = door(desk, "--help", out=full.fileno())
+    assert done.returncode == 5
+    assert done.stderr == b"the result cannot be written to stdout: No space left on device\n"
+
+
 def test_a_dry_run_goes_on_for_it_reads_pictures(desk: Desk) -> None:
     assert settings_or_exit([*desk.train(), "--dry_run"]).action == "dry_run"
 
@@ -97,7 +138,8 @@ def test_every_field_is_described_with_its_range_and_its_null(model: type) -> No
         for word in kind.bounds.replace(" and", "").split():
             if word[0].isdigit():
                 number = word.removesuffix(".0")
-                assert number in text or (number, kind.bounds[0]) == ("0", ">"), (key, number, text)
+                nobodys = number == "10^9" or (number, kind.bounds[0]) == ("0", ">")
+                assert number in text or nobodys, (key, number, text)
         if kind.nullable and not one.is_required() and model is Settings:
             assert "ull" in text, key
 

@@ -38,7 +38,10 @@ from tests.config.conftest import Desk
         (["--sample_every_n_steps", "9"], "sample_steps", 9),
         (["--log_every_n_steps", "9"], "log_step", 9),
         (["--no_save_ckpt"], "save_single_file", False),
+        (["--no_save_ckpt", "false"], "save_single_file", True),
+        (["--no_no_save_ckpt"], "save_single_file", True),
         (["--save_full_precision"], "save_dtype", "float32"),
+        (["--no_save_full_precision"], "save_dtype", "float16"),
         (["--resume", "latest"], "resume", "latest"),
         (["--mixed_precision", "no"], "mixed_precision", "no"),
     ],
@@ -47,6 +50,11 @@ def test_forms(desk: Desk, words: list[str], key: str, value: object) -> None:
     settings = desk.resolve(*words).settings
     assert getattr(settings, key) == value
     assert type(getattr(settings, key)) is type(value)
+
+
+def test_an_old_switch_says_what_it_says_over_train_json(desk: Desk) -> None:
+    assert desk.resolve("--no_save_ckpt", "false", save_single_file=False).settings.save_single_file is True
+    assert desk.resolve("--no_save_full_precision", save_dtype="float32").settings.save_dtype == "float16"
 
 
 def test_data_roots_may_be_many(desk: Desk) -> None:
@@ -68,8 +76,8 @@ def test_no_abbreviations_and_no_dashes_for_underscores(desk: Desk) -> None:
     ("words", "problem"),
     [
         (["loose"], "--config train.json loose: write --config PATH"),
-        (["--batch_size"], "--batch_size needs a value: a whole number ≥ 1"),
-        (["--batch_size", "1", "2"], "--batch_size is [\"1\", \"2\"], but must be a whole number ≥ 1."),
+        (["--batch_size"], "--batch_size needs a value: a whole number ≥ 1 and ≤ 10^6"),
+        (["--batch_size", "1", "2"], "--batch_size is [\"1\", \"2\"], but must be a whole number ≥ 1 and ≤ 10^6."),
         (["--batch_size", "1", "--batch_size", "2"], "--batch_size is given twice"),
         (["--wandb", "--no_wandb"], "--no_wandb is given twice"),
         (["--save_dtype", "float32", "--save_full_precision"], "--save_full_precision is given twice"),
@@ -78,20 +86,24 @@ def test_no_abbreviations_and_no_dashes_for_underscores(desk: Desk) -> None:
         (["--no_batch_size"], "--no_batch_size is not a setting. Did you mean '--batch_size'?"),
         (["--wandb", "1"], '--wandb is "1", but must be true or false.'),
         (["--wandb", "yes"], '--wandb is "yes", but must be true or false.'),
-        (["--batch_size", "4.0"], '--batch_size is "4.0", but must be a whole number ≥ 1.'),
-        (["--batch_size", "1_000"], '--batch_size is "1_000", but must be a whole number ≥ 1.'),
+        (["--batch_size", "4.0"], '--batch_size is "4.0", but must be a whole number ≥ 1 and ≤ 10^6.'),
+        (["--batch_size", "1_000"], '--batch_size is "1_000", but must be a whole number ≥ 1 and ≤ 10^6.'),
         (["--lr", "nan"], '--lr is "nan", but must be a number ≥ 0.'),
         (["--lr", "inf"], '--lr is "inf", but must be a number ≥ 0.'),
         (["--lr", "1e400"], '--lr is "1e400", but must be a number ≥ 0.'),
-        (["--optimizer", "lion"], "--optimizer is not a setting. Did you mean '--optimizer_config'?"),
-        (["--config"], "--config : write --config PATH"),
+        (["--optimizer", "lion"],
+         "--optimizer is not a setting. It belongs into optimizer.json, the file that optimizer_config names."),
+        (["--data_root", "a", "--data_root", "null"], "--data_root is given twice"),
+        (["--save_full_precision", "float16"], '--save_full_precision is "float16", but must be true or false.'),
+        (["--config"], "--config: write --config PATH"),
+        (["--config="], '--config "": write --config PATH'),
         (["--dry_run", "yes"], "--dry_run yes: write --dry_run alone"),
         (["--print_config", "yaml"], "--print_config yaml: write --print_config or --print_config json"),
     ],
 )  # fmt: skip
 def test_mistakes(desk: Desk, words: list[str], problem: str) -> None:
     desk.train()
-    argv = ["--config", "train.json", *words] if words != ["--config"] else words
+    argv = words if words[0].startswith("--config") else ["--config", "train.json", *words]
     assert f"command line: {problem}" in desk.problems(*argv)
 
 

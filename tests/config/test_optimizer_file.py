@@ -59,7 +59,11 @@ def test_the_scale_follows_the_base_lr_wherever_it_comes_from(desk: Desk) -> Non
     assert with_file(desk, content).optimizers["text_encoder"].lr == 5e-7
     resolved = with_file(desk, content, "--lr", "4e-6")
     assert resolved.optimizers["text_encoder"].lr == 2e-6
-    assert resolved.entries["optimizer.text_encoder.lr"].origin == "command line"
+    assert resolved.entries["optimizer.text_encoder.lr"].as_json() == {
+        "value": 2e-6, "origin": "optimizer.json", "overrides": [{"origin": "command line", "value": 4e-6}],
+    }  # fmt: skip
+    alone = with_file(desk, {"text_encoder_lr_scale": 0.5}).entries["optimizer.text_encoder.lr"].as_json()
+    assert alone == {"value": 5e-7, "origin": "optimizer.json", "overrides": []}
 
 
 @pytest.mark.parametrize("where", ["optimizer.json", "train.json", "command line"])
@@ -82,6 +86,20 @@ def test_hyperparameters_are_inherited_only_by_the_same_optimizer(desk: Desk) ->
     assert (same.betas, same.weight_decay, same.epsilon, same.args) == ((0.5, 0.6), 0.3, 1e-6, {"amsgrad": True})
     other = with_file(desk, {"base": base, "text_encoder_overrides": {"optimizer": "lion"}}).optimizers["text_encoder"]
     assert (other.betas, other.weight_decay, other.epsilon, other.args) == ((0.9, 0.99), 0.0, None, {})
+
+
+def test_a_row_and_its_class_are_the_same_optimizer(desk: Desk) -> None:
+    base = {"optimizer": "torch.optim.AdamW", "betas": [0.5, 0.6], "weight_decay": 0.3}
+    text = with_file(desk, {"base": base, "text_encoder_overrides": {"optimizer": "adamw"}}).optimizers["text_encoder"]
+    assert (text.betas, text.weight_decay) == ((0.5, 0.6), 0.3)
+
+
+def test_what_is_unused_is_named_as_its_part_names_it(desk: Desk) -> None:
+    overrides = {"optimizer": "lion", "epsilon": 1e-6}
+    notes = with_file(desk, {"base": {"optimizer": "adamw"}, "text_encoder_overrides": overrides}).notes
+    assert "text_encoder_overrides.epsilon 1e-06 from optimizer.json is unused: lion has no epsilon" in notes
+    betas = with_file(desk, {"optimizer": "sgd", "betas": [0.5, 0.6]}).notes
+    assert betas == ("betas [0.5, 0.6] from optimizer.json is unused: sgd has no betas",)
 
 
 def test_an_inherited_lr_of_another_optimizer_is_said(desk: Desk) -> None:

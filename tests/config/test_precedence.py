@@ -89,12 +89,13 @@ def oracle_text_encoder(
     if key != "lr":
         return base if own is None else (own, "optimizer.json")
     inherited = base[0] * scale
+    origin = base[1] if scale == 1 else "optimizer.json"
     if "text_encoder_lr" in line:
         said = line["text_encoder_lr"]
         return (inherited, UNSET) if said is None else (said, "command line")
     if train.get("text_encoder_lr") is not None:
         return train["text_encoder_lr"], "train.json"
-    return (inherited, base[1]) if own is None else (own, "optimizer.json")
+    return (inherited, origin) if own is None else (own, "optimizer.json")
 
 
 @settings(deadline=None, max_examples=100)
@@ -142,8 +143,8 @@ def test_value_and_origin_are_the_oracles(
 
 
 def oracle_precision(line: dict[str, Any], train: dict[str, Any], launcher: str | None) -> tuple[Any, str]:
-    value, origin = oracle_plain("mixed_precision", line, train, launcher or "no")
-    return value, "launcher" if origin == "default" and launcher else origin
+    value, origin = oracle_plain("mixed_precision", line, train, "no")
+    return (launcher, "launcher") if origin == "default" and launcher else (value, origin)
 
 
 def test_what_is_hidden_is_recorded_in_order(desk: Desk) -> None:
@@ -176,11 +177,14 @@ def test_null_on_the_command_line_hides_every_file(desk: Desk) -> None:
     }
 
 
-def test_null_on_the_command_line_leaves_the_launchers_word(desk: Desk) -> None:
+def test_null_on_the_command_line_hides_the_launchers_word_too(desk: Desk) -> None:
     resolved = desk.resolve(
         "--mixed_precision", "null", environ={"ACCELERATE_MIXED_PRECISION": "bf16"}, mixed_precision="fp16"
     )
-    assert (resolved.settings.mixed_precision, resolved.entries["mixed_precision"].origin) == ("bf16", UNSET)
+    assert (resolved.settings.mixed_precision, resolved.entries["mixed_precision"].origin) == ("no", UNSET)
+    assert resolved.notes == (
+        'mixed_precision "no": null on the command line hides "fp16" from train.json and "bf16" from launcher',
+    )
 
 
 def test_an_unset_optimizer_config_reads_no_file(desk: Desk) -> None:

@@ -96,6 +96,23 @@ def test_an_optimizer_file_beside_config_json_replaces_all_of_its_optimizer(desk
     assert third.optimizers["unet"].optimizer == "adamw8bit"
 
 
+def test_what_validate_every_n_steps_stood_over_is_there_again_without_it(desk: Desk) -> None:
+    desk.write("val.json", {"every_n_steps": 7})
+    first = desk.resolve(validation_config="val.json", validate_every_n_steps=1)
+    assert first.validation is not None
+    assert first.validation.every_n_steps == 1
+    assert first.entries["validation.every_n_steps"].as_json() == {
+        "value": 1, "origin": "train.json", "overrides": [{"origin": "val.json", "value": 7}],
+    }  # fmt: skip
+    second, third = again(desk, first), again(desk, first, "--validate_every_n_steps", "null")
+    assert second.validation == first.validation
+    assert third.validation is not None
+    assert third.validation.every_n_steps == 7
+    desk.write("val.json", {})
+    entry = desk.resolve(validation_config="val.json", validate_every_n_steps=1).entries["validation.every_n_steps"]
+    assert entry.overrides == (), "nobody stated another"
+
+
 def test_other_things_in_config_json_are_left_alone(desk: Desk) -> None:
     desk.write("run/config.json", desk.resolve().record() | {"run": {"counter": 3}})
     assert desk.resolve("--config", "run/config.json").settings.batch_size == 4

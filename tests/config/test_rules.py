@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from everydream.config.rules import CONTRADICTIONS, DEMANDS, WITHOUT_EFFECT
+from everydream.config.parts import KEYS
+from everydream.config.rules import CONTRADICTIONS, DEMANDS, PART_WITHOUT_EFFECT, WITHOUT_EFFECT
 from everydream.optim.table import ROWS
 from tests.config.conftest import Desk
 
@@ -83,7 +84,7 @@ def test_what_an_optimizer_cannot_is_refused_with_its_reason(desk: Desk, name: s
 def test_a_part_that_is_not_trained_is_asked_for_nothing(desk: Desk) -> None:
     desk.write("optimizer.json", {"base": {}, "text_encoder_overrides": {"optimizer": "prodigy", "lr": 1}})
     settings = {"optimizer_config": "optimizer.json", "weights_dtype": "bfloat16"}
-    assert "text_encoder.optimizer" in desk.problems(**settings)[0]
+    assert "text_encoder_overrides.optimizer" in desk.problems(**settings)[0]
     assert desk.resolve(disable_textenc_training=True, **settings)
 
 
@@ -108,18 +109,14 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "save_dtype": {"save_dtype": "float32", "save_single_file": False},
     "resume_changed": {"resume_changed": True},
     "accept_data_changes": {"accept_data_changes": True},
+    "process_timeout_minutes": {"process_timeout_minutes": 5},
+    "optimizer.text_encoder_lr_scale":
+        {"disable_textenc_training": True, "optimizer_config": {"text_encoder_lr_scale": 0.5}},
     "sample_steps": {"sample_steps": 9},
     "validate_every_n_steps": {"validate_every_n_steps": 9},
     "validation.manual_data_root": {"validation_config": {"manual_data_root": "class"}},
     "validation.auto_split_proportion": {"validation_config": {"val_split_mode": "none", "auto_split_proportion": 0.5}},
     "validation.stabilize_split_proportion": {"validation_config": {"stabilize_split_proportion": 0.5}},
-    "optimizer.base.lr_warmup_steps": {"lr_warmup_steps": 9},
-    "optimizer.base.lr_decay_steps": {"lr_decay_steps": 9},
-    "optimizer.text_encoder.lr_warmup_steps": {"optimizer_config": {"text_encoder_overrides": {"lr_warmup_steps": 9}}},
-    "optimizer.text_encoder.lr_decay_steps": {"optimizer_config": {"text_encoder_overrides": {"lr_decay_steps": 9}}},
-    "optimizer.text_encoder.optimizer":
-        {"disable_textenc_training": True, "optimizer_config": {"text_encoder_overrides": {"optimizer": "adamw"}}},
-    "optimizer.text_encoder.lr": {"disable_textenc_training": True, "text_encoder_lr": 1e-7},
     **{f"optimizer.text_encoder_freezing.{key}":
        {"disable_textenc_training": True, "optimizer_config": {"text_encoder_freezing": {key: value}}}
        for key, value in (("unfreeze_last_n_layers", 2), ("freeze_embeddings", True),
@@ -140,6 +137,58 @@ def test_each_setting_without_effect_is_said_once_and_refused_never(desk: Desk, 
     assert notes[0].split(" ")[0].split(".")[-1] == key.split(".")[-1]
 
 
+PART = {"lr_warmup_steps": 9, "lr_decay_steps": 9, "no_decay_on_norms": True}
+USED = {"lr_warmup_steps": {"lr_scheduler": "cosine"}, "lr_decay_steps": {"lr_scheduler": "cosine"},
+        "no_decay_on_norms": {"weight_decay": 0.5}}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [key for key, _, _ in PART_WITHOUT_EFFECT])
+def test_a_key_of_a_part_is_without_effect_only_where_no_part_uses_it(desk: Desk, key: str) -> None:
+    def notes(base: dict[str, Any], text: dict[str, Any]) -> list[str]:
+        desk.write("optimizer.json", {"base": base, "text_encoder_overrides": text})
+        said = desk.resolve(optimizer_config="optimizer.json").notes
+        return [note for note in said if "without effect" in note]
+
+    idle: dict[str, Any] = {"weight_decay": 0}
+    said = {key: PART[key]}
+    assert [note.split(" ")[0] for note in notes({**idle, **said}, {})] == [key]
+    assert [note.split(" ")[0] for note in notes(idle, said)] == [f"text_encoder_overrides.{key}"]
+    assert notes({**idle, **said}, USED[key]) == [], "the text encoder inherits it, and uses it"
+    assert notes({**idle, **said, **USED[key]}, {}) == []
+    assert len(notes({**idle, **said}, {**USED[key], **said})) == 1, "the text encoder has its own"
+
+
+STATED = {"optimizer": "adamw8bit", "lr": 1e-6, "lr_scheduler": "cosine", "lr_warmup_steps": 3, "lr_decay_steps": 9,
+          "betas": [0.9, 0.999], "epsilon": 1e-8, "weight_decay": 0.01, "args": {"amsgrad": False},
+          "no_decay_on_norms": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_what_is_stated_of_a_part_that_is_not_trained_is_said_defaults_too(desk: Desk, key: str) -> None:
+    def notes(content: dict[str, Any], frozen: str) -> list[str]:
+        desk.write("optimizer.json", content)
+        return list(desk.resolve(optimizer_config="optimizer.json", **{frozen: True}).notes)
+
+    said = {key: STATED[key]}
+    (note,) = notes({"text_encoder_overrides": said}, "disable_textenc_training")
+    assert note.startswith(f"text_encoder_overrides.{key} ")
+    assert note.endswith("is without effect: the text encoder is not trained")
+    own = {"lr_scheduler": "linear", "weight_decay": 0.5} | said
+    (note,) = [one for one in notes({"base": said, "text_encoder_overrides": own}, "disable_unet_training")
+               if one.startswith(f"{key} ")]  # fmt: skip
+    assert note.endswith("is without effect: the UNet is not trained, and the text encoder has its own")
+
+
+def test_the_lr_of_a_frozen_text_encoder_is_named_as_it_was_written(desk: Desk) -> None:
+    assert desk.resolve("--text_encoder_lr", "1e-6", disable_textenc_training=True).notes == (
+        "text_encoder_lr 1e-06 from command line is without effect: the text encoder is not trained",
+    )
+
+
+def test_no_previews_asked_for_twice_is_not_worth_a_word(desk: Desk) -> None:
+    assert desk.resolve(sample_steps=0).notes == ()
+
+
 def test_a_stated_default_without_effect_is_not_worth_a_word(desk: Desk) -> None:
     assert desk.resolve(huber_delta=1.0, sample_steps=300, ema_update_interval=1, save_dtype="float16").notes == ()
 
@@ -154,7 +203,23 @@ def test_a_stated_default_without_effect_is_not_worth_a_word(desk: Desk) -> None
             "train.json:2: base_model: there is no folder or file {}/gone.safetensors",
         ),
         ({"data_root": ["pictures", "gone"]}, "train.json:3: data_root: there is no folder {}/gone"),
-        ({"data_root": "file"}, "train.json:3: data_root: there is no folder (it is something else) {}/file"),
+        (
+            {"data_root": "file"},
+            "train.json:3: data_root: there is no folder or manifest (.json, .jsonl) (it is something else) {}/file",
+        ),
+        (
+            {"base_model": "file"},
+            "train.json:2: base_model: there is no file of weights (.safetensors) (it is something else) {}/file",
+        ),
+        *(
+            ({key: path}, "train.json:4: " + key + ": {}/file is not a folder")
+            for key in ("logdir", "cache_dir", "save_ckpt_dir")
+            for path in ("file", "file/in/it")
+        ),
+        (
+            {"class_data_root": "file", "num_class_images": 3, "class_prompt": "a"},
+            "train.json:4: class_data_root: {}/file is not a folder",
+        ),
         ({"class_data_root": "gone"}, "train.json:4: class_data_root: there is no folder {}/gone"),
         ({"sample_prompts": "gone"}, "train.json:4: sample_prompts: there is no file {}/gone"),
         ({"resume": "gone"}, "train.json:4: resume: there is no folder {}/gone"),
@@ -177,14 +242,47 @@ def test_print_config_looks_at_settings_whose_paths_are_elsewhere(desk: Desk) ->
     [
         ({"data_root": ["pictures", "pictures"]}, "data_root names {}/pictures twice"),
         ({"data_root": ["pictures", "pictures/in"]}, "{}/pictures/in lies in {}/pictures and would be read twice"),
-        ({"class_data_root": "pictures/in"}, 'class_data_root "{}/pictures/in" and data_root'),
+        ({"data_root": ["pictures", "link"]}, "{}/pictures is the same folder as {}/link"),
+        ({"class_data_root": "pictures/in"}, "class_data_root lies in data_root"),
+        ({"class_data_root": "."}, "data_root lies in class_data_root"),
+        ({"class_data_root": "link"}, "they are the same folder"),
+        ({"class_data_root": "link/in"}, "class_data_root lies in data_root"),
         ({"logdir": "pictures/logs"}, 'logdir "{}/pictures/logs" and data_root'),
+        ({"logdir": "link/logs"}, 'logdir "{}/link/logs" and data_root'),
+        ({"validation_config": "inside.json"}, "manual_data_root lies in data_root"),
+        ({"validation_config": "same.json", "class_data_root": "class"}, "they are the same folder"),
     ],
 )
 def test_a_folder_of_pictures_is_read_for_one_purpose(desk: Desk, settings: dict[str, Any], words: str) -> None:
     (desk.folder / "pictures/in").mkdir()
+    (desk.folder / "class").mkdir()
+    (desk.folder / "link").symlink_to("pictures")
+    desk.write("inside.json", {"val_split_mode": "manual", "manual_data_root": "link/in"})
+    desk.write("same.json", {"val_split_mode": "manual", "manual_data_root": "class"})
     (problem,) = desk.problems(**settings)
     assert words.replace("{}", str(desk.folder)) in problem
+
+
+def test_folders_that_are_not_read_may_be_anywhere(desk: Desk) -> None:
+    desk.write("validation.json", {"val_split_mode": "none", "manual_data_root": "pictures/gone"})
+    assert any("without effect" in note for note in desk.resolve(validation_config="validation.json").notes)
+    assert desk.resolve(class_data_root="gone", prior_loss_weight=0).notes == (
+        f'class_data_root "{desk.folder}/gone" from train.json is without effect: prior_loss_weight is 0',
+    )
+
+
+def test_a_loss_over_pictures_that_are_trained_on_is_said(desk: Desk) -> None:
+    (desk.folder / "pictures/in").mkdir()
+    desk.write("validation.json", {"extra_manual_datasets": {"faces": "pictures/in"}})
+    (note,) = desk.resolve(validation_config="validation.json").notes
+    assert note.startswith("validation.json:2: extra_manual_datasets: faces shares pictures with data_root")
+
+
+def test_pictures_may_be_named_by_a_manifest(desk: Desk) -> None:
+    for name in ("captions.json", "captions.JSONL"):
+        path = desk.write(f"pictures/{name}", "")
+        assert desk.resolve(data_root=f"pictures/{name}", logdir="pictures/logs").settings.data_root == (path,)
+    assert "lies in" in desk.problems(data_root=["pictures", "pictures/captions.json"])[0]
 
 
 def test_rules_stay_silent_about_settings_that_are_wrong_themselves(desk: Desk) -> None:
@@ -198,6 +296,13 @@ def test_a_file_that_cannot_be_read_is_the_only_thing_said_about_what_it_holds(d
     assert len(desk.problems("--config", "train.json", "--cache_latents", "--crop_jitter", "0.1")) == 1
     desk.write("optimizer.json", "{,}")
     assert len(desk.problems("--fused_backward", optimizer_config="optimizer.json")) == 1
+
+
+@pytest.mark.parametrize("told", ["abc", "0", "-1", "1.0", "9" * 300])
+def test_a_number_of_processes_that_is_none_is_the_launchers_mistake(desk: Desk, told: str) -> None:
+    (problem,) = desk.problems(environ={"WORLD_SIZE": told}, global_batch_size=8)
+    assert problem.startswith(f'launcher: WORLD_SIZE is "{told[:9]}')
+    assert desk.resolve(environ={"WORLD_SIZE": ""}).processes == 1
 
 
 def test_all_sources_report_at_once(desk: Desk) -> None:

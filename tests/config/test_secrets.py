@@ -16,6 +16,7 @@ SECRETS = {
     f"a {TOKEN} b": "a *** b",
     "https://me:" + "pass@hub.example/x": "https://***@hub.example/x",
     "https://hub.example/x?token=" + "abc&v=1": "https://hub.example/x?***&v=1",
+    '{"url": "https://hub.example/x?token=' + 'abc", "b": 1}': '{"url": "https://hub.example/x?***", "b": 1}',
     "github_pat_" + "x" * 30: "***",
     "sk-" + "x" * 30: "***",
     "AKIA" + "X" * 16: "***",
@@ -43,6 +44,8 @@ def test_values_of_secret_keys_are_hidden() -> None:
 def test_harmless_text_stays(desk: Desk) -> None:
     for text in (
         "a sks dog",
+        "what?key=1",
+        "is this&token=that, or not",
         "owner/name",
         "/data/keys/token.txt",
         "a0b1c2d3e4f5a0b1c2d3e4f5a0b1c2d3e4f5a0b1",

@@ -112,10 +112,14 @@ def test_deep_nesting_is_an_error_not_a_crash() -> None:
     assert parse("[" * MAX_DEPTH + "]" * MAX_DEPTH, "f.json")
 
 
+def test_notepads_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "f.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read(tmp_path / "f.json", "f.json").value == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'\xef\xbb\xbf{"a": 1}', "f.json:1:1: begins with a byte order mark"),
         ('{"a": 1}'.encode("utf-16"), "f.json:1:1: begins with a byte order mark"),
         (b'{\n"a": "caf\xe9"}', "f.json:2: byte 11 is not UTF-8"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from everydream.errors import ConfigError
 from everydream.optim import factory, table
-from tests.optim.problem import Net, optimizer_of
+from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
 
 
 class NoDecay(torch.optim.SGD):
@@ -36,13 +37,24 @@ REFUSED = [
     ("muon", {"ns_step": 5}, "Did you mean 'ns_steps'?"),
     ("adamw8bit", {"amsgrad": True}, "AdamW8bit does not support amsgrad"),
     ("torch.optim.AdamX", {}, "torch.optim has no AdamX. Did you mean 'Adam'?"),
-    ("nowhere_to_be_found.Opt", {}, "pip install nowhere_to_be_found"),
+    ("nowhere_to_be_found.Opt", {}, "(No module named 'nowhere_to_be_found'): install the package that has it"),
+    ("broken_optimizers.Opt", {}, "broken_optimizers cannot be imported (no such card)"),
+    ("torch.optim.LBFGS", {}, "cannot make a step with its settings (none): "),
+    ("torch.optim.SparseAdam", {}, "SparseAdam does not support dense gradients"),
     ("torch.nn.Linear", {}, "not a subclass of torch.optim.Optimizer"),
     ("torch.optim", {}, "not a subclass of torch.optim.Optimizer"),
     ("torch.optim.RMSprop", {"alfa": 0.9}, "Did you mean 'alpha'?"),
 ]
 
 
+@pytest.fixture
+def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module of one's own that raises at its import."""
+    (tmp_path / "broken_optimizers.py").write_text("raise RuntimeError('no such card')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize("name, args, words", REFUSED)
 def test_refused_with_the_nearest(name: str, args: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -69,6 +81,26 @@ def test_all_bad_arguments_are_named_at_once() -> None:
 def test_values_out_of_range_are_refused(name: str, settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=name):
         factory.check(name, {}, **settings)
+
+
+def test_whatever_a_constructor_raises_is_a_refusal_in_json() -> None:
+    with pytest.raises(ConfigError, match=r"refuses its settings \(betas \[0\.9\]\): tuple index out of range"):
+        factory.check("torch.optim.AdamW", {}, betas=(0.9,))
+
+
+@pytest.mark.parametrize("name", [*table.ROWS, "torch.optim.NAdam"])
+def test_an_lr_of_0_moves_nothing(name: str) -> None:
+    factory.check(name, {}, lr=0.0)
+    net = Net()
+    before = weights(net)
+    optimizer = optimizer_of(net, name, lr=0.0, weight_decay=0.1)
+    train(net, optimizer, 2, data())
+    assert {group["lr"] for group in optimizer.param_groups} == {0.0}
+    assert_same(before, weights(net))
+
+
+def test_an_lr_of_0_beside_lions_decoupled_decay() -> None:
+    factory.check("lion", {"decoupled_weight_decay": True}, lr=0.0, weight_decay=0.1)
 
 
 def test_three_betas_only_where_there_are_three() -> None:
