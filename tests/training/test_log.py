@@ -184,6 +184,13 @@ def test_cut_back_leaves_what_the_checkpoint_knew(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*.new"))
 
 
+def test_a_background_save_told_after_its_step_stays_with_its_checkpoint(tmp_path: Path) -> None:
+    saves = [{"step": step + 1, "kind": "saved", "of_step": step} for step in (3, 6)]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(map(jsonl.encode, saves)))
+    assert cut_back(tmp_path, 3) == {"events.jsonl": 1}
+    assert records(tmp_path / "events.jsonl") == saves[:1]
+
+
 def test_cut_back_does_not_touch_a_file_that_is_right(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
