@@ -48,6 +48,12 @@ class JsonLines:
         return None
 
 
+def append_now(path: Path, record: Mapping[str, Any]) -> None:
+    """A last line, past all that a JsonLines of this file may be in the middle of: for a signal's handler."""
+    with open(path, "ab", buffering=0) as file:
+        _append(file.fileno(), encode(record))
+
+
 def _append(fd: int, data: bytes) -> None:
     """All of `data` or nothing: a full disk may take half a line, which is taken back."""
     start, done = os.fstat(fd).st_size, 0

@@ -82,6 +82,14 @@ def test_the_last_line_is_the_end(run_log: RunLog, tmp_path: Path) -> None:
     assert (last["kind"], last["code"], last["reason"]) == ("end", 143, "stopped by signal 15")
 
 
+@pytest.mark.parametrize("code", [3, 5])
+def test_a_run_that_lost_steps_names_the_last_checkpoint(tmp_path: Path, stream: io.StringIO, code: int) -> None:
+    (tmp_path / "checkpoints" / "step-0000000300").mkdir(parents=True)
+    RunLog(tmp_path, Console("quiet", stream)).close(code, "why")
+    assert records(tmp_path / "events.jsonl")[-1]["reason"] == "why; the last checkpoint is step 300"
+    assert stream.getvalue() == "warning: the last checkpoint is step 300\n"
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """The disk takes half of what is written to `path`, then nothing."""
     write = os.write
