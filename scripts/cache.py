@@ -11,7 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.config.cli import settings_or_exit
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.config.cli import settings_or_exit
 
 
 def main() -> int:
@@ -22,4 +25,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.errors import ConfigError, EveryDreamError, SaveError
-from everydream.models.family import read_facts
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.errors import ConfigError, EveryDreamError, SaveError
+    from everydream.models.family import read_facts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,4 +115,5 @@ def read_average(path: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.errors import CheckpointError, ConfigError, EveryDreamError, SaveError
-from everydream.models.family import Family, load, read_facts
-from everydream.training import prompts
-from everydream.training.console import Console
-from everydream.training.prompts import SCHEDULERS, Picture, Sampling
-from everydream.training.quiet import quiet_libraries
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.errors import CheckpointError, ConfigError, EveryDreamError, SaveError
+    from everydream.models.family import Family, load, read_facts
+    from everydream.training import prompts
+    from everydream.training.console import Console
+    from everydream.training.prompts import SCHEDULERS, Picture, Sampling
+    from everydream.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -174,4 +177,5 @@ def write(folder: Path, wanted: Sequence[Picture], images: Sequence[Image], mode
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

@@ -15,7 +15,7 @@ PARTS = {"unet": "unet", "text_encoder": "text"}
 
 @dataclass
 class Progress:
-    """Fed with each update. `step` is the number of updates done; the value `epoch` is the next micro-batch's, from 0."""
+    """Fed with each update. `step`: updates done; the value `epoch`: the next micro-batch's, from 0."""
 
     step: int
     max_steps: int
