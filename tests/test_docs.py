@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,3 +67,29 @@ def test_every_setting_on_a_documented_command_line_is_one() -> None:
             names = [name.removeprefix("no_") for name in re.findall(r"--(\w+)", words)]
             unknown += [f"{page.name}: {name}" for name in names if name not in known]
     assert unknown == []
+
+
+def test_every_documented_make_command_is_a_target_with_variables_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    known = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE)) | set(
+        re.findall(r"^(\w+) \?=", makefile, re.MULTILINE)
+    )
+    unknown = []
+    for page in PAGES:
+        for target, rest in re.findall(r"(?:^|`)make ([\w-]+)((?: \w+=\S+)*)", page.read_text("utf-8"), re.MULTILINE):
+            words = [target, *re.findall(r"(\w+)=", rest)]
+            unknown += [f"{page.name}: {word}" for word in words if word not in known]
+    assert unknown == []
+
+
+def test_a_gpus_own_interpreter_needs_no_environment() -> None:
+    for target in ("test-gpu", "bench-gpu"):
+        words = ["make", "--dry-run", target, "GPU_PYTHON=some/python"]
+        said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert "some/python" in said and ".venv" not in said
+
+
+def test_torch_can_come_from_another_index() -> None:
+    words = ["make", "--dry-run", "--always-make", "install", "TORCH_INDEX=https://an.index/cpu"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.search(r'install [^\n]*"torch==[\d.]+" \\\n\t*--index-url "https://an.index/cpu"', said)
