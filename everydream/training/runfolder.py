@@ -20,6 +20,7 @@ from everydream.training.lock import Lock
 from everydream.training.storage import DISK, Bytes, Files, make_folders, write_atomically
 
 CONFIG = "config.json"
+AVERAGE, MODEL = "ema.safetensors", "model"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,41 @@ def runs(logdir: Path, project_name: str | None = None) -> list[Run]:
     found = [(run.about, run) for run in map(Run, logdir.iterdir()) if run.about]
     chosen = [run for about, run in found if project_name in (None, about.get("project_name"))]
     return sorted(chosen, key=lambda run: (run.counter, run.folder.name), reverse=True)
+
+
+# Models
+
+
+def model_in(name: str) -> tuple[str, Path]:
+    """What scripts take as MODEL → what to read of it, and where its averaged weights would be.
+
+    A run's folder stands for its newest whole checkpoint; what is neither that nor a checkpoint stays as it is. Raises
+    CheckpointError for a run without a whole one.
+    """
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        found = find_latest(path / "checkpoints")
+        if found.path is None:
+            raise CheckpointError(f"MODEL: {path} has no valid checkpoint: python scripts/show.py {path} says why")
+        path = found.path
+    is_checkpoint = (path / MODEL / "model_index.json").is_file()
+    return str(path / MODEL) if is_checkpoint else name, path / AVERAGE
+
+
+def require_average(path: Path) -> Path:
+    """Raises ConfigError where MODEL has no averaged weights."""
+    if not path.is_file():
+        raise ConfigError(f"--average: {path} is not there: only checkpoints of runs with ema_decay_rate have one")
+    return path
+
+
+def title_of(model: str) -> str:
+    """A model's name for people: of a checkpoint, its run and step."""
+    folder = Path(model).absolute()
+    step = step_of(folder.parent)
+    if folder.name != MODEL or step is None or folder.parents[1].name != "checkpoints":
+        return Path(model).name
+    return f"{folder.parents[2].name}, step {step}"
 
 
 # Resuming

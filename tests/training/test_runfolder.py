@@ -16,7 +16,7 @@ import pytest
 from everydream.errors import CheckpointError, ConfigError, SaveError
 from everydream.training import checkpoint
 from everydream.training.lock import Lock
-from everydream.training.runfolder import Run, make_run, resolve_resume, runs
+from everydream.training.runfolder import Run, make_run, model_in, resolve_resume, runs, title_of
 from everydream.training.storage import Bytes
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +170,31 @@ except SaveError as error:
         said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE).stdout
         run.folder.chmod(0o755)
     assert said.strip() == f"cannot write to the run's folder {run.folder}: Permission denied"
+
+
+# Models
+
+
+def test_a_run_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (1, 2, 3):
+        checkpoint.commit(run.checkpoints, step, {"model/model_index.json": Bytes(b"{}"), "state.json": Bytes(b"")})
+    damage(run.checkpoints / "step-0000000003")
+    newest = run.checkpoints / "step-0000000002"
+    for name in (run.folder, newest):
+        assert model_in(str(name)) == (str(newest / "model"), newest / "ema.safetensors")
+    assert model_in("owner/name")[0] == "owner/name"
+    damage(newest)
+    damage(run.checkpoints / "step-0000000001")
+    with pytest.raises(CheckpointError, match="has no valid checkpoint"):
+        model_in(str(run.folder))
+
+
+def test_a_checkpoint_is_called_by_its_run_and_step() -> None:
+    assert title_of("/logs/cat-2026/checkpoints/step-0000000300/model") == "cat-2026, step 300"
+    assert [title_of(name) for name in ("/models/sd15", "owner/name", "x.safetensors")] == [
+        "sd15", "name", "x.safetensors",
+    ]  # fmt: skip
 
 
 # Resuming
