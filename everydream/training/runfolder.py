@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -174,8 +174,10 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
     if resume == "latest":
         found = runs(logdir, project_name)
         if not found:
-            return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew")
-        return _latest_of(found[0])
+            others = sorted({str(run.about.get("project_name")) for run in runs(logdir)})
+            there = f" (runs of {', '.join(map(repr, others))} are there)" if others else ""
+            return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew{there}")
+        return _latest_of(found[0], found[1:])
     path = Path(resume)
     if not path.is_dir():
         raise ConfigError(f"resume: {path} is not a folder. Give 'latest', a run's folder, or one of its checkpoints")
@@ -191,7 +193,7 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
     return _this_one(run, path)
 
 
-def _latest_of(run: Run) -> Resume:
+def _latest_of(run: Run, older: Sequence[Run] = ()) -> Resume:
     run.lock.take()
     found = find_latest(run.checkpoints)
     if found.path:
@@ -202,7 +204,9 @@ def _latest_of(run: Run) -> Resume:
         raise CheckpointError(
             f"{run.folder} has no valid checkpoint:\n{lines}\nNothing was changed. Start anew without --resume."
         )
-    return Resume(run, None, note=f"{run.folder} has no checkpoint yet: starting anew")
+    before = next((other.folder for other in older if folders(other.checkpoints)), None)
+    there = f" (an older run has: --resume {before})" if before else ""
+    return Resume(run, None, note=f"{run.folder} has no checkpoint yet: starting anew{there}")
 
 
 def _this_one(run: Run, checkpoint: Path) -> Resume:

@@ -16,8 +16,10 @@ import pytest
 from everydream.errors import CheckpointError, ConfigError, SaveError
 from everydream.training import checkpoint
 from everydream.training.lock import Lock
+from everydream.training.resuming import find_start
 from everydream.training.runfolder import Run, make_run, model_in, resolve_resume, runs, title_of
 from everydream.training.storage import Bytes
+from tests.training.processes import on_processes
 
 ROOT = Path(__file__).parents[2]
 NOON = datetime(2026, 5, 1, 12, 0, 0, tzinfo=timezone.utc)
@@ -209,6 +211,22 @@ def test_nothing_there_is_a_new_start(tmp_path: Path) -> None:
     for what in ("latest", empty.folder):
         found = resume(what, tmp_path / "logs")
         assert found.checkpoint is None and found.run == empty and "has no checkpoint yet" in found.note
+
+
+def test_a_new_start_warns_where_it_looked_and_what_else_is_there(tmp_path: Path) -> None:
+    def said() -> str:
+        [(start, _)] = on_processes(1, lambda ranks: find_start("latest", tmp_path, "cat", ranks))
+        [note] = start.notes
+        return str(note)
+
+    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew"
+    make(tmp_path, "dog", steps=(1,))
+    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew (runs of 'dog' are there)"
+    older = make(tmp_path, steps=(1,))
+    newest = make(tmp_path)
+    assert said() == (
+        f"warning: {newest.folder} has no checkpoint yet: starting anew (an older run has: --resume {older.folder})"
+    )
 
 
 def test_latest_skips_what_is_damaged_and_says_so(tmp_path: Path) -> None:
