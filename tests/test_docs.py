@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import each
 from everydream.config.legacy import ALIASES
 from everydream.config.schema import Settings
 
@@ -93,3 +95,24 @@ def test_torch_can_come_from_another_index() -> None:
     words = ["make", "--dry-run", "--always-make", "install", "TORCH_INDEX=https://an.index/cpu"]
     said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.search(r'install [^\n]*"torch==[\d.]+" \\\n\t*--index-url "https://an.index/cpu"', said)
+
+
+@pytest.mark.parametrize("file", ["each.json", "each_batch1.json"])
+def test_the_table_of_each_means_is_what_was_measured(file: str) -> None:
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "bench" / "results" / file).read_text())
+    batch = "" if measured["batch"] == 4 else f", batch {measured['batch']}"
+    for row in measured["rows"]:
+        told = f"{row['expected']} | {row['ratio']:.2f} | {each.spread(row['ratios'])} |"
+        [line] = re.findall(
+            rf"^\| {re.escape(row['change'] + batch)}(?: \([^|]*\))? \| {re.escape(told)} (.*) \|$", page, re.M
+        )
+        said = each.verdict(row["ratios"])
+        assert line.startswith(said) or (said == "faster" and line == "no cost that can be seen"), line
+
+
+@pytest.mark.parametrize(
+    ("ratios", "said"), [([0.8, 1.0], "undecided"), ([0.9, 1.1], "undecided"), ([0.8, 0.9], "slower"), ([2], "faster")]
+)
+def test_pairs_that_disagree_decide_nothing(ratios: list[float], said: str) -> None:
+    assert each.verdict(ratios) == said
