@@ -13,6 +13,7 @@ import pytest
 
 from bench import each
 from everydream.config.legacy import ALIASES
+from everydream.config.resolve import resolve
 from everydream.config.schema import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,3 +117,16 @@ def test_the_table_of_each_means_is_what_was_measured(file: str) -> None:
 )
 def test_pairs_that_disagree_decide_nothing(ratios: list[float], said: str) -> None:
     assert each.verdict(ratios) == said
+
+
+def test_the_complete_dreambooth_file_is_right(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "dreambooth.md").read_text(encoding="utf-8")
+    [content] = [block for block in re.findall(r"```json\n(.*?)```", page, re.S) if block.startswith("{")]
+    (tmp_path / "dog.json").write_text(content)
+    for name in ("pictures/dog", "pictures/class_dog"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "prompts.txt").write_text("a dog")
+    resolved = resolve(["--config", str(tmp_path / "dog.json")], {})
+    assert resolved.notes == ()
+    assert resolved.settings.max_steps == 12 * 100, "as README and the table say"
+    assert '"max_steps": 1200' in (ROOT / "README.md").read_text(encoding="utf-8")
