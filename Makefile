@@ -1,23 +1,31 @@
 # Everything runs in .venv, which every target makes for itself. `make help` lists the targets.
 PYTHON ?= python3
-# A bare "torch" may pull gigabytes of CUDA libraries; with an NVIDIA card, set TORCH to the build that you want.
+# On Linux PyPI's torch is a CUDA build, with gigabytes of NVIDIA's libraries. Another one comes from another index:
+# make install TORCH_INDEX=https://download.pytorch.org/whl/cpu (or …/cu130: what your driver can; pytorch.org)
 TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# With a card and no network: make test-gpu GPU_PYTHON=python3, an interpreter that has the packages; no .venv is made.
+GPU_PYTHON ?= $(BIN)/python
+GPU_READY := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed)
 # One thread a process, and threads that sleep while they wait: two that spin beside another process cost 20-fold.
 QUIET := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PYTEST := $(QUIET) $(BIN)/python -m pytest
 
-.PHONY: help demo check format test test-long test-faults test-gpu wheel bench bench-gpu generate clean
+.PHONY: help install demo check format test test-long test-faults test-gpu wheel bench bench-gpu generate clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
+		$(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") -c constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]' -c constraints.txt
 	@touch $@
+
+install: $(VENV)/.installed ## .venv with everything in it
 
 demo: $(VENV)/.installed ## train the embedded model on the embedded subject, and say where the results are
 	$(BIN)/accelerate launch -q scripts/train.py --config examples/demo/train.json
@@ -42,8 +50,8 @@ test-long: $(VENV)/.installed ## many kills, other environments, the documentati
 test-faults: $(VENV)/.installed ## all injected faults, in their long form
 	$(PYTEST) tests/faults
 
-test-gpu: $(VENV)/.installed ## what needs a CUDA card
-	$(PYTEST) -m "gpu"
+test-gpu: $(GPU_READY) ## what needs a CUDA card
+	$(QUIET) $(GPU_PYTHON) -m pytest -m "gpu"
 
 wheel: $(VENV)/.installed ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
@@ -53,8 +61,8 @@ bench: $(VENV)/.installed ## docs/speed.md's figures for a CPU, anew (half an ho
 	$(QUIET) $(BIN)/python bench/speed.py --size demo small --batch 1 4 --json bench/results/speed.json
 	$(QUIET) $(BIN)/python bench/speed.py --size demo --batch 4 --processes 1 2 --json bench/results/processes.json
 
-bench-gpu: $(VENV)/.installed ## the same on a CUDA card
-	$(BIN)/python bench/gpu.py --json bench/results/gpu.json
+bench-gpu: $(GPU_READY) ## the same on a CUDA card
+	$(GPU_PYTHON) bench/gpu.py --json bench/results/gpu.json
 
 generate: $(VENV)/.installed ## schemas/ and docs/settings.md, from the settings' definition
 	$(BIN)/python -m everydream.config.generate

@@ -1,8 +1,8 @@
 """What each means of speed gives: python bench/each.py [--size demo] [--batch 4] [--rounds 5] [--json each.json]
 
-The trainer as bench/speed.py launches it, and right after it the same with one thing changed. The figure is the changed
-run's steps/s over the unchanged one's, median over the rounds. "Expected" was written down before measuring, from the
-shares of a step.
+The trainer as bench/speed.py launches it, and beside it the same with one thing changed; which of the two comes first
+changes from round to round. The figure is the changed run's steps/s over the unchanged one's: median and range over the
+rounds. A range that holds 1 decides nothing. "Expected" was written down before measuring, from the shares of a step.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -70,14 +70,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
             for at, name in enumerate(names):
-                plain = steps_per_s(UNCHANGED, options, Path(folder), f"{number}-{at}-plain")
-                found[name].append((plain, steps_per_s(CHANGES[name], options, Path(folder), f"{number}-{at}")))
-                ratio = found[name][-1][1] / plain
-                print(f"round {number + 1}, {name}: {ratio:.3f}", file=sys.stderr, flush=True)
+                pair = [(UNCHANGED, f"{number}-{at}-plain"), (CHANGES[name], f"{number}-{at}")]
+                turn = -1 if number % 2 else 1  # what runs second may find a warmer machine
+                plain, changed = [steps_per_s(one, options, Path(folder), label) for one, label in pair[::turn]][::turn]
+                found[name].append((plain, changed))
+                print(f"round {number + 1}, {name}: {changed / plain:.3f}", file=sys.stderr, flush=True)
     rows = [row(name, found[name]) for name in names]
-    print("| changed | expected | measured | steps/s |\n| --- | --- | --- | --- |")
+    print("| changed | expected | measured | range | so | steps/s |\n| --- | --- | --- | --- | --- | --- |")
     for one in rows:
-        print(f"| {one['change']} | {one['expected']} | {one['ratio']:.2f} | {one['steps_per_s']:.3g} |")
+        told = f"{one['ratio']:.2f} | {spread(one['ratios'])} | {verdict(one['ratios'])}"
+        print(f"| {one['change']} | {one['expected']} | {told} | {one['steps_per_s']:.3g} |")
     if options.json:
         import speed
 
@@ -98,6 +100,15 @@ def steps_per_s(change: Change, options: argparse.Namespace, folder: Path, label
     logs = folder / f"logs-{label}"
     got = speed.trainer(model, pictures, logs, options.batch, options.steps, 1, settings, change.environment)
     return got["steps_per_s"]
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{min(ratios):.2f}–{max(ratios):.2f}"
+
+
+def verdict(ratios: Sequence[float]) -> str:
+    """Of the pairs' ratios: "undecided" where some say one thing and some the other."""
+    return "undecided" if min(ratios) <= 1 <= max(ratios) else "slower" if max(ratios) < 1 else "faster"
 
 
 def row(name: str, found: list[tuple[float, float]]) -> dict[str, Any]:

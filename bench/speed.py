@@ -269,8 +269,8 @@ def machine() -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     print(
-        "| model | batch | processes | bare steps/s | trainer steps/s | ratio | data wait | loader batches/s "
-        "| loader over trainer | peak bare | peak trainer |"
+        "| model | batch | processes | bare steps/s | trainer steps/s | median of ratios | data wait "
+        "| loader batches/s | loader over trainer | peak bare | peak trainer |"
     )
     print("|" + " --- |" * 11)
     for row in rows:

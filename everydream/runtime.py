@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from everydream.errors import ConfigError, EveryDreamError, Stopped
 
@@ -116,21 +117,35 @@ def is_lost_process(error: Exception) -> bool:
 class StopRequest:
     """Remembers the first SIGINT or SIGTERM; the loop asks, all ranks agree, the run saves and exits 128+n.
 
-    A second Ctrl-C stops at once, without saving.
+    A second Ctrl-C stops at once, without saving, and says so: `last_words`, which a run's log replaces.
     """
+
+    last_words: ClassVar[Callable[[], str]] = staticmethod(lambda: "stopped at once: nothing was saved")
 
     def __init__(self) -> None:
         self.signum = 0
+        self._pid = 0
 
     def install(self) -> None:
+        self._pid = os.getpid()
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:
+            if os.getpid() == self._pid:  # data workers that are forked have this handler too
+                with contextlib.suppress(Exception):
+                    self._speak()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.signum = self.signum or signum
+
+    def _speak(self) -> None:
+        """Not with print: what this signal interrupted may be printing itself."""
+        words = StopRequest.last_words() if os.environ.get("RANK", "0") == "0" else ""
+        if words:
+            shown = "\x1b[?25h\n" if os.isatty(2) else ""  # the bar hides the cursor
+            os.write(2, f"{shown}{words}\n".encode())
 
     def raise_if_set(self) -> None:
         """For stages before the first step, where there is nothing to save. Raises Stopped."""

@@ -1,7 +1,8 @@
 """Convert: python scripts/convert.py MODEL TARGET [--dtype float16]
 
-MODEL is a diffusers folder, a checkpoint, an original single file, or a hub id. TARGET is what is to be made: a name
-that ends with .safetensors becomes a single file in the original Stable Diffusion layout, any other a diffusers folder.
+MODEL is a run's folder (its newest checkpoint that is whole), a checkpoint, a diffusers folder, an original single file
+or a hub id. TARGET is what is to be made: a name that ends with .safetensors becomes a single file in the original
+Stable Diffusion layout, any other a diffusers folder.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.errors import ConfigError, EveryDreamError, SaveError
-from everydream.models.family import read_facts
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.errors import ConfigError, EveryDreamError, SaveError
+    from everydream.models.family import read_facts
+    from everydream.training.runfolder import model_in, require_average
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,17 +56,9 @@ def convert(options: argparse.Namespace) -> None:
     """Raises ConfigError, and SaveError where TARGET cannot be written; nothing half-written stays."""
     if options.target.exists():
         raise ConfigError(f"TARGET {options.target} exists: give a name that is free, or remove it first")
-    checkpoint = Path(options.model)
-    is_checkpoint = (checkpoint / "model" / "model_index.json").is_file()
-    facts = read_facts(
-        str(checkpoint / "model") if is_checkpoint else options.model,
-        options.revision,
-        options.allow_pickle,
-        options.prediction_type,
-    )
-    average: dict[str, Tensor] = {}
-    if options.average:
-        average = read_average(checkpoint / "ema.safetensors")
+    model, average_file = model_in(options.model)
+    average = load_average(require_average(average_file)) if options.average else {}
+    facts = read_facts(model, options.revision, options.allow_pickle, options.prediction_type)
     import torch  # only once the arguments are right
 
     from everydream.models.writing import folder, single_file
@@ -103,13 +100,12 @@ def save(target: Path, contents: FileContent | dict[str, FileContent]) -> None:
         raise SaveError(f"TARGET {target} cannot be written: {error.strerror or error}") from None
 
 
-def read_average(path: Path) -> dict[str, Tensor]:
+def load_average(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise ConfigError(f"--average: {path} is not there: only checkpoints of runs with ema_decay_rate have one")
     return load_file(path)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

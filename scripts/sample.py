@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.errors import CheckpointError, ConfigError, EveryDreamError, SaveError
-from everydream.models.family import Family, load, read_facts
-from everydream.training import prompts
-from everydream.training.console import Console
-from everydream.training.prompts import SCHEDULERS, Picture, Sampling
-from everydream.training.quiet import quiet_libraries
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.errors import ConfigError, EveryDreamError, SaveError
+    from everydream.models.family import Family, load, read_facts
+    from everydream.training import prompts
+    from everydream.training.console import Console
+    from everydream.training.prompts import SCHEDULERS, Picture, Sampling
+    from everydream.training.quiet import quiet_libraries
+    from everydream.training.runfolder import model_in, require_average, title_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-AVERAGE, MODEL_FOLDER = "ema.safetensors", "model"
 
 
 def main() -> int:
@@ -70,8 +72,9 @@ def parser() -> argparse.ArgumentParser:
 
 def sample(options: argparse.Namespace, console: Console) -> list[Path]:
     """Paths of the pictures, and last that of the grid if there is more than one. Raises EveryDreamError."""
-    model, average = locate(options.model, options.average)
-    facts = read_facts(str(model), options.revision, options.allow_pickle, options.prediction_type)
+    model, average_file = model_in(options.model)
+    average = require_average(average_file) if options.average else None
+    facts = read_facts(model, options.revision, options.allow_pickle, options.prediction_type)
     side = facts.resolution
     wanted = read_wanted(options, Sampling(width=side, height=side, size_step=facts.vae_factor * facts.unet_factor))
     trained = recipe(model)
@@ -96,31 +99,12 @@ def sample(options: argparse.Namespace, console: Console) -> list[Path]:
             made |= dict(zip(batch, make(parts, [wanted[i] for i in batch]), strict=True))
             advance(len(batch))
     try:
-        return write(options.out, wanted, [made[i] for i in range(len(wanted))], str(model))
+        return write(options.out, wanted, [made[i] for i in range(len(wanted))], model)
     except OSError as error:
         raise SaveError(f"--out {options.out} cannot be written: {error.strerror or error}") from None
 
 
-def locate(name: str, wants_average: bool) -> tuple[str | Path, Path | None]:
-    """The model to read, and its averaged weights if they are asked for."""
-    path = Path(name)
-    if (path / "checkpoints").is_dir():
-        from everydream.training.checkpoint import find_latest
-
-        found = find_latest(path / "checkpoints")
-        if found.path is None:
-            raise CheckpointError(f"MODEL: {path} has no valid checkpoint: python scripts/show.py {path} says why")
-        path = found.path
-    average = path / AVERAGE
-    if wants_average and not average.is_file():
-        raise ConfigError(f"--average: {average} is not there: only checkpoints of runs with ema_decay_rate have one")
-    is_checkpoint = (path / MODEL_FOLDER / "model_index.json").is_file()
-    return (
-        path / MODEL_FOLDER if is_checkpoint else path if path.exists() else name
-    ), average if wants_average else None
-
-
-def recipe(model: str | Path) -> dict[str, Any]:
+def recipe(model: str) -> dict[str, Any]:
     """Name → value of the settings of the run that made a checkpoint; empty for any other model."""
     folder = Path(model).absolute()  # <run>/checkpoints/step-…/model
     try:
@@ -167,11 +151,12 @@ def write(folder: Path, wanted: Sequence[Picture], images: Sequence[Image], mode
         note = f"guidance {picture.guidance:g} · seed {picture.seed}"
         cells.append(grids.Cell(image, picture.prompt, note, picture.facts()))
     if len(images) > 1:
-        grid, facts = grids.draw(cells, Path(model).name, guidance_columns(wanted))
+        grid, facts = grids.draw(cells, title_of(model), guidance_columns(wanted))
         paths.append(folder / f"{number + len(images):04d}-grid.png")
         paths[-1].write_bytes(grids.png(grid, {"model": model, "cells": facts}))
     return paths
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

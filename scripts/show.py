@@ -14,10 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs without being installed
 
-from everydream.errors import CheckpointError, ConfigError, EveryDreamError
-from everydream.training.checkpoint import MANIFEST, folders, step_of
-from everydream.training.inspecting import check, show_checkpoint, show_difference, show_run, show_runs, verdict
-from everydream.training.runfolder import Run, runs
+from everydream.__main__ import named_if_missing
+
+with named_if_missing():
+    from everydream.errors import CheckpointError, ConfigError, EveryDreamError
+    from everydream.training.checkpoint import MANIFEST, folders, step_of
+    from everydream.training.inspecting import check, show_checkpoint, show_difference, show_run, show_runs, verdict
+    from everydream.training.runfolder import Run, runs
 
 
 def lines(paths: list[Path], quick: bool) -> Iterator[str]:
@@ -60,4 +63,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with named_if_missing():
+        sys.exit(main())

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,3 +80,38 @@ def test_a_process_that_is_lost_is_known_by_torchs_error(fault: Callable[[list[A
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("/gloo/"), AssertionError("1 != 2")])
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not is_lost_process(error)
+
+
+TWICE = """
+import os, signal, sys
+from pathlib import Path
+from everydream.runtime import StopRequest
+from everydream.training.console import Console
+from everydream.training.log import RunLog
+StopRequest().install()
+if len(sys.argv) > 1:
+    log = RunLog(Path(sys.argv[1]), Console("quiet"))
+    log.progress(317)
+for _ in range(2):
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "words"),
+    [
+        (None, "stopped at once: nothing was saved"),
+        ([], "stopped without saving; there is no checkpoint yet"),
+        ([200, 300], "stopped without saving; the last checkpoint is step 300"),
+    ],
+)
+def test_a_second_interrupt_says_what_is_lost(tmp_path: Path, checkpoints: list[int] | None, words: str) -> None:
+    for step in checkpoints or []:
+        (tmp_path / "checkpoints" / f"step-{step:010d}").mkdir(parents=True)
+    arguments = [] if checkpoints is None else [str(tmp_path)]
+    ended = subprocess.run([sys.executable, "-c", TWICE, *arguments], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGINT
+    assert ended.stderr == words + "\n"
+    if checkpoints is not None:
+        end = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
+        assert (end["step"], end["kind"], end["code"], end["reason"]) == (317, "end", 130, words)

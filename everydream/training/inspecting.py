@@ -22,6 +22,7 @@ WEIGHT_FILES = {
     "vae": "model/vae/diffusion_pytorch_model.safetensors",
     "ema": "ema.safetensors",
 }
+TIME = "%Y-%m-%d %H:%M:%S"
 Tensors = Mapping[str, RawTensor]
 
 
@@ -30,13 +31,13 @@ Tensors = Mapping[str, RawTensor]
 
 def show_runs(logdir: Path) -> Iterator[str]:
     """Newest first."""
-    rows = [("run", "folder", "project", "begun", "checkpoints", "newest step")]
+    rows = [("run", "folder", "project", "begun (UTC)", "checkpoints", "newest step")]
     for run in runs(logdir):
         found = folders(run.checkpoints)
         newest = str(step_of(found[0])) if found else "-"
         about = run.about
-        rows.append((str(run.counter), run.folder.name, about.get("project_name", "?"), about.get("created", "?"),
-                     str(len(found)), newest))  # fmt: skip
+        rows.append((str(run.counter), run.folder.name, about.get("project_name", "?"), _begun(about), str(len(found)),
+                     newest))  # fmt: skip
     yield from table(rows)
 
 
@@ -48,10 +49,10 @@ def check(paths: Iterable[Path], *, quick: bool) -> dict[Path, list[str]]:
 def show_run(run: Run, checked: Mapping[Path, list[str]], *, quick: bool) -> Iterator[str]:
     """Its recipe, and its checkpoints with what `check` found."""
     about = run.about
-    yield f"run {about.get('counter', '?')} of {about.get('project_name', '?')}, begun {about.get('created', '?')}"
+    yield f"run {about.get('counter', '?')} of {about.get('project_name', '?')}, begun {_begun(about)} UTC"
     yield from ("", "recipe (what is not a default)", *_recipe(run.config))
     yield from ("", "checkpoints")
-    rows = [("step", "bytes", "saved", "", "")]
+    rows = [("step", "bytes", "saved (UTC)", "", "")]
     for path, problems in checked.items():
         keep = KEEP if (path / KEEP).exists() else ""
         rows.append((str(step_of(path)), *_size_and_time(path), keep, verdict(problems, quick)))
@@ -74,8 +75,15 @@ def _recipe(config: Path) -> Iterator[str]:
 
 
 def _size_and_time(path: Path) -> tuple[str, str]:
-    saved = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
-    return f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()):,}", saved
+    saved = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    return f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()):,}", f"{saved:{TIME}}"
+
+
+def _begun(about: Mapping[str, Any]) -> str:
+    try:
+        return f"{datetime.fromisoformat(about['created']).astimezone(timezone.utc):{TIME}}"
+    except (KeyError, TypeError, ValueError):
+        return "?"
 
 
 def verdict(problems: Sequence[str], quick: bool) -> str:

@@ -50,6 +50,12 @@ class JsonLines:
         return None
 
 
+def append_now(path: Path, record: Mapping[str, Any]) -> None:
+    """A last line, past all that a JsonLines of this file may be in the middle of: for a signal's handler."""
+    with open(path, "ab", buffering=0) as file:
+        _append(file.fileno(), encode(record))
+
+
 def _append(fd: int, data: bytes) -> None:
     """All of `data` or nothing: a full disk may take half a line, which is taken back."""
     start, done = os.fstat(fd).st_size, 0
@@ -102,17 +108,22 @@ def _decode(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
+def _step_of(record: Mapping[str, Any]) -> int:
+    return record.get("of_step") or record.get("step") or 0
+
+
 def cut_back(path: Path, step: int) -> int:
     """Removes the records of steps after `step`, and torn lines; returns how many. The lines kept stay byte for byte.
 
-    A record without a step was written before the first one and stays. Atomic: a crash leaves the old file or the new.
-    Raises OSError where the folder cannot be written.
+    A record of something that began on an earlier step (a background save) counts as of that one, its `of_step`. One
+    without a step was written before the first one and stays. Atomic: a crash leaves the old file or the new. Raises
+    OSError where the folder cannot be written.
     """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
         return 0
-    kept = [line for line in lines if (record := _decode(line)) is not None and (record.get("step") or 0) <= step]
+    kept = [line for line in lines if (record := _decode(line)) is not None and _step_of(record) <= step]
     removed = sum(1 for line in lines if line) - len(kept)
     if removed == 0 and lines[-1] == b"":
         return 0

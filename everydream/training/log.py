@@ -14,7 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everydream.runtime import StopRequest
 from everydream.training import jsonl
+from everydream.training.checkpoint import folders, step_of
 from everydream.training.console import Advance, Console
 from everydream.training.progress import Progress
 from everydream.training.worker import Background
@@ -26,6 +28,7 @@ SAMPLES = "samples"
 EVENTS, METRICS, SCHEDULE = "events.jsonl", "metrics.jsonl", "schedule.jsonl"
 LEVELS = ("debug", "info", "warning", "error")
 CLOSE_SECONDS = 120.0  # for trackers to send what they have; then the run ends without them
+LOST = (3, 5)  # exit codes of runs that end with steps that no checkpoint has
 REPORT_SECONDS = 60.0  # between two refreshes during training
 REPORT_SHARE = 0.01  # and at most this share of the time
 
@@ -108,6 +111,7 @@ class RunLog(NullLog):
             for name in trackers
         ]
         self._report = ReportRefresher(report, folder, self)
+        StopRequest.last_words = self._last_words
 
     def start(self, step: int, max_steps: int, max_epochs: int | None = None, memory_total: int | None = None) -> None:
         super().start(step, max_steps, max_epochs, memory_total)
@@ -119,8 +123,10 @@ class RunLog(NullLog):
         assert todo or LEVELS.index(level) < LEVELS.index("warning"), f"{kind}: a {level} says what to do"
         if message:
             self.console.say(f"{message}\n  {todo}" if todo else message, level)
-        record = {"time": utc_now(), "step": self.step, "kind": kind, "level": level, "message": message}
-        self._write(EVENTS, [{**record, **({"todo": todo} if todo else {}), **fields}])
+        self._write(EVENTS, [{**self._record(kind, level, message), **({"todo": todo} if todo else {}), **fields}])
+
+    def _record(self, kind: str, level: str = "info", message: str = "") -> dict[str, Any]:
+        return {"time": utc_now(), "step": self.step, "kind": kind, "level": level, "message": message}
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         super().metrics(step, values)
@@ -163,8 +169,21 @@ class RunLog(NullLog):
         for tracker in self._trackers:
             tracker.close()
         self._report.close()
+        if code in LOST:
+            newest = last_checkpoint(self.folder)
+            self.console.say(newest, "warning")
+            reason += f"; {newest}"
         self.event("end", reason if code == 0 else "", code=code, reason=reason)
         self._report.write(self.console)
+
+    def _last_words(self) -> str:
+        """Of a run that ends this instant, in a signal's handler: no lock is waited for, nothing of ours is flushed."""
+        if self._closed:
+            return ""
+        reason = f"stopped without saving; {last_checkpoint(self.folder)}"
+        with contextlib.suppress(OSError):
+            jsonl.append_now(self.folder / EVENTS, {**self._record("end"), "code": 130, "reason": reason})
+        return reason
 
     def _write(self, name: str, records: Sequence[Mapping[str, Any]]) -> None:
         with self._lock:
@@ -277,6 +296,12 @@ class ReportRefresher:
             self._write(self._folder)
         except Exception as error:
             console.say(f"report.html cannot be written: {error}", "warning")
+
+
+def last_checkpoint(folder: Path) -> str:
+    """In words, by its name alone: what is there under a checkpoint's name is whole."""
+    newest = next(iter(folders(folder / "checkpoints")), None)
+    return "there is no checkpoint yet" if newest is None else f"the last checkpoint is step {step_of(newest)}"
 
 
 def cut_back(folder: Path, step: int) -> dict[str, int]:

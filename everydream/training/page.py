@@ -46,18 +46,19 @@ svg { display: block; width: 100%; height: auto; } .tick { font-size: 11px; fill
 #previews { padding: 0; overflow: hidden; background: #fafaf8; }
 #previews img { display: block; max-width: 100%; margin: 0 auto; }
 #previews img[hidden] { display: none; }
-.slider { display: flex; align-items: center; gap: 12px; margin-bottom: 12px; }
-.slider input { flex: 1; accent-color: var(--busy); }
+.slider { display: flex; flex-wrap: wrap; align-items: center; gap: 12px; margin-bottom: 12px; }
+.slider input { flex: 1 1 100px; min-width: 0; accent-color: var(--busy); }
+.slider output, .slider button { white-space: nowrap; }
 .slider output { min-width: 90px; font-variant-numeric: tabular-nums; }
 button { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--edge); border-radius: 6px;
   padding: 2px 10px; cursor: pointer; }
 .plan { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 16px; }
-.plan ul { margin: 8px 0 0; padding-left: 18px; font-size: 13px; } .plan li { white-space: pre-line; }
+.plan ul { margin: 8px 0 0; padding-left: 18px; font-size: 13px; } .plan li { white-space: pre-wrap; }
 .plan .wide { grid-column: 1 / -1; order: 1; }
 .plan pre { margin: 8px 0 0; font: 12px/1.6 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
 .warnings { list-style: none; padding: 0; margin: 0; display: grid; gap: 8px; }
 .warnings li { border-left: 4px solid var(--c1); }
-.warnings p { margin: 2px 0 0; color: var(--faint); white-space: pre-line; }
+.warnings p { margin: 2px 0 0; color: var(--faint); white-space: pre-wrap; }
 table { width: 100%; border-collapse: collapse; font-size: 13px; } th { text-align: left; font-weight: 400; }
 td:last-child { white-space: nowrap; }
 td, th { padding: 5px 12px 5px 0; border-bottom: 1px solid var(--edge); vertical-align: top; }

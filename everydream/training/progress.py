@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 
 SMOOTHING_STEPS = 50  # the loss shown is an exponential mean over about this many updates
 RATE_WINDOW_STEPS = 200  # speed and time left are means over this many, pauses for saves and previews included
+RATE_FROM_STEPS = 5  # after the first, which warms up: before that the time left would be a guess, tenfold off
 PARTS = {"unet": "unet", "text_encoder": "text"}
 
 
 @dataclass
 class Progress:
-    """Fed with each update. `step` is the number of updates done; `epoch` counts from 0, as in metrics.jsonl."""
+    """Fed with each update. `step`: updates done; the value `epoch`: the next micro-batch's, from 0."""
 
     step: int
     max_steps: int
@@ -23,19 +24,23 @@ class Progress:
     values: dict[str, float] = field(default_factory=dict)
     smoothed_loss: float | None = None
     data_wait_share: float | None = None
+    epoch: float | None = None  # from 0, of the first micro-batch of the update shown; not known right after a resume
+    _epoch_step: int = -1
     _loss_step: int = -1
     _told: float = 0.0
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS))
 
     def begin(self, now: float) -> None:
         self._told = now
-        self._times.append((self.step, now))
 
     def update(self, step: int, values: Mapping[str, float], now: float) -> None:
         """`now` in seconds, of any clock that only goes forward."""
         self.step = step
         if not self._times or self._times[-1][0] != step:
             self._times.append((step, now))
+        if "epoch" in values and step != self._epoch_step:  # an update is told twice where it has metrics
+            is_first = self._epoch_step < 0 and step == 1
+            self.epoch, self._epoch_step = (0 if is_first else self.values.get("epoch")), step
         self.values.update(values)
         if "data_wait_s" in values:  # seconds since the last time they were told
             since, self._told = now - self._told, now
@@ -47,10 +52,11 @@ class Progress:
             self.smoothed_loss, self._loss_step = keep * old + (1 - keep) * loss, step
 
     def steps_per_second(self) -> float | None:
-        if len(self._times) < 2:
+        if not self._times:
             return None
         (first_step, began), (last_step, ended) = self._times[0], self._times[-1]
-        return (last_step - first_step) / (ended - began) if ended > began and last_step > first_step else None
+        steps = last_step - first_step
+        return steps / (ended - began) if ended > began and steps >= RATE_FROM_STEPS else None
 
     def seconds_left(self) -> float | None:
         rate = self.steps_per_second()
@@ -66,10 +72,13 @@ def _step(p: Progress) -> str:
 
 
 def _epoch(p: Progress) -> str:
-    if "epoch" not in p.values:
+    if p.epoch is None:
         return ""
-    number = int(p.values["epoch"]) + 1
-    return f"epoch {number}" if p.max_epochs is None else f"epoch {min(number, p.max_epochs)}/{p.max_epochs}"
+    number = int(p.epoch) + 1
+    if p.max_epochs is None:
+        return f"epoch {number}"
+    is_past = p.values["epoch"] >= p.max_epochs  # nothing of the last epoch is left to train
+    return f"epoch {p.max_epochs if is_past else number}/{p.max_epochs}"
 
 
 def _loss(p: Progress) -> str:

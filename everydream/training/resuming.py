@@ -50,7 +50,7 @@ def find_start(resume: str | None, logdir: Path, project_name: str, ranks: Ranks
         if found.run is None or found.checkpoint is None:
             if found.run is not None:
                 found.run.lock.release()
-            return Start(notes=(found.note,), warnings=skipped)
+            return Start(notes=(f"warning: {found.note}",), warnings=skipped)
         run.append(found.run)
         state = read_state(found.checkpoint)
         seed = found.run.record_at(state.step)["settings"]["seed"]["value"]

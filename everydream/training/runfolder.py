@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -20,6 +20,7 @@ from everydream.training.lock import Lock
 from everydream.training.storage import DISK, Bytes, Files, make_folders, removed_on_error, write_atomically
 
 CONFIG = "config.json"
+AVERAGE, MODEL = "ema.safetensors", "model"  # in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,41 @@ def runs(logdir: Path, project_name: str | None = None) -> list[Run]:
     return sorted(chosen, key=lambda run: (run.counter, run.folder.name), reverse=True)
 
 
+# Models
+
+
+def model_in(name: str) -> tuple[str, Path]:
+    """What scripts take as MODEL → what to read of it, and where its averaged weights would be.
+
+    A run's folder stands for its newest whole checkpoint; what is neither that nor a checkpoint stays as it is. Raises
+    CheckpointError for a run without a whole one.
+    """
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        found = find_latest(path / "checkpoints")
+        if found.path is None:
+            raise CheckpointError(f"MODEL: {path} has no valid checkpoint: python scripts/show.py {path} says why")
+        path = found.path
+    is_checkpoint = (path / MODEL / "model_index.json").is_file()
+    return str(path / MODEL) if is_checkpoint else name, path / AVERAGE
+
+
+def require_average(path: Path) -> Path:
+    """Raises ConfigError where MODEL has no averaged weights."""
+    if not path.is_file():
+        raise ConfigError(f"--average: {path} is not there: only checkpoints of runs with ema_decay_rate have one")
+    return path
+
+
+def title_of(model: str) -> str:
+    """A model's name for people: of a checkpoint, its run and step."""
+    folder = Path(model).absolute()
+    step = step_of(folder.parent)
+    if folder.name != MODEL or step is None or folder.parents[1].name != "checkpoints":
+        return Path(model).name
+    return f"{folder.parents[2].name}, step {step}"
+
+
 # Resuming
 
 
@@ -163,8 +199,10 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
         found = runs(logdir, project_name)
         refuse_nameless(logdir, project_name)
         if not found:
-            return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew")
-        return _latest_of(found[0])
+            others = sorted({str(run.about.get("project_name")) for run in runs(logdir)})
+            there = f" (runs of {', '.join(map(repr, others))} are there)" if others else ""
+            return Resume(None, None, note=f"no run of {project_name!r} in {logdir} yet: starting anew{there}")
+        return _latest_of(found[0], found[1:])
     path = Path(resume)
     if not path.is_dir():
         raise ConfigError(f"resume: {path} is not a folder. Give 'latest', a run's folder, or one of its checkpoints")
@@ -192,7 +230,7 @@ def refuse_nameless(logdir: Path, project_name: str) -> None:
             )
 
 
-def _latest_of(run: Run) -> Resume:
+def _latest_of(run: Run, older: Sequence[Run] = ()) -> Resume:
     run.lock.take(sign=False)  # nothing is touched before it is known that the run goes on
     found = find_latest(run.checkpoints)
     if found.path:
@@ -203,7 +241,9 @@ def _latest_of(run: Run) -> Resume:
         raise CheckpointError(
             f"{run.folder} has no valid checkpoint:\n{lines}\nNothing was changed. Start anew without --resume."
         )
-    return Resume(run, None, note=f"{run.folder} has no checkpoint yet: starting anew")
+    before = next((other.folder for other in older if folders(other.checkpoints)), None)
+    there = f" (an older run has: --resume {before})" if before else ""
+    return Resume(run, None, note=f"{run.folder} has no checkpoint yet: starting anew{there}")
 
 
 def _this_one(run: Run, checkpoint: Path) -> Resume:

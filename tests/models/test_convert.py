@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from everydream.models.family import read_facts
+from everydream.training.checkpoint import commit
+from everydream.training.storage import Copy
 from tests.tiny import make_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +47,14 @@ def test_a_checkpoint_is_converted_with_its_average_and_in_the_dtype_asked_for(t
     assert done.returncode == 0, done.stderr
     stored = load_file(tmp_path / "x.safetensors")["model.diffusion_model.input_blocks.0.0.bias"]
     assert torch.equal(stored, torch.full((8,), 0.1, dtype=torch.bfloat16))
+
+
+@pytest.mark.launch
+def test_a_runs_folder_is_its_newest_checkpoint(tmp_path: Path, tiny_model: Path) -> None:
+    files = {f"model/{p.relative_to(tiny_model)}": Copy(p) for p in tiny_model.rglob("*") if p.is_file()}
+    commit(tmp_path / "run" / "checkpoints", 3, files)
+    done = convert(tmp_path / "run", tmp_path / "x.safetensors")
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'x.safetensors'}\n"), done.stderr
 
 
 @pytest.mark.launch

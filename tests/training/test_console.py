@@ -6,7 +6,9 @@ import io
 
 import pytest
 
+from everydream.data.plan import Plan
 from everydream.training import console as console_module
+from everydream.training.clock import Clock
 from everydream.training.console import Console, fit
 from everydream.training.progress import Progress, duration
 
@@ -29,6 +31,7 @@ def progress() -> Progress:
 
 def test_the_line_tells_all_that_a_person_needs() -> None:
     line = progress()
+    line.update(4, {"epoch": 1}, now=104.0)
     line.update(10, VALUES, now=110.0)
     assert line.fields() == [
         "step 10/100",
@@ -58,10 +61,42 @@ def test_the_loss_shown_is_smoothed_and_counts_a_step_once() -> None:
     assert line.smoothed_loss == pytest.approx(0.98)
 
 
-def test_epochs_shown_do_not_pass_the_last() -> None:
-    line = progress()
-    line.update(100, {"epoch": 4}, 200.0)
+@pytest.mark.parametrize(
+    ("pictures", "batch_size", "per_update", "shown"),
+    [
+        (4, 4, 1, [1, 2, 3, 4, 5]),
+        (8, 4, 1, [1, 1, 2, 2, 3]),
+        (1, 4, 1, [1, 8, 12, 16, 20]),  # a micro-batch of four epochs; of the first one its first picture
+        (8, 2, 2, [1, 1, 2, 2, 3]),
+    ],
+)
+def test_the_epoch_shown_is_that_of_the_update(
+    pictures: int, batch_size: int, per_update: int, shown: list[int]
+) -> None:
+    plan = Plan({(64, 64): [f"subject/{i}" for i in range(pictures)]}, batch_size, 1)
+    clock, line, found = Clock(plan, per_update, 5), Progress(0, 5), []
+    for step in range(1, 6):
+        line.update(step, {"epoch": clock.epoch(step)}, float(step))
+        line.update(step, {"epoch": clock.epoch(step), "loss": 1.0}, float(step))  # its metrics
+        found.append(next(field for field in line.fields() if field.startswith("epoch")))
+    assert found == [f"epoch {number}" for number in shown]
+
+
+def test_the_last_epoch_is_shown_at_the_end_and_none_where_it_is_not_known() -> None:
+    line = Progress(98, 100, max_epochs=4)
+    line.update(99, {"epoch": 2}, 1.0)
+    assert line.fields() == ["step 99/100"], "the checkpoint's epoch is not told"
+    line.update(100, {"epoch": 4}, 2.0)
     assert "epoch 4/4" in line.fields()
+
+
+def test_no_time_left_is_guessed_from_the_first_updates() -> None:
+    line = Progress(0, 900)
+    line.begin(0.0)
+    for step in range(1, 8):
+        line.update(step, {}, 20.0 + step)  # the first took 21 s
+        assert len(line.fields()) == (2 if step >= 6 else 1), step
+    assert line.fields() == ["step 7/900", "14:53 left"]
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,14 @@ def test_the_last_line_is_the_end(run_log: RunLog, tmp_path: Path) -> None:
     assert (last["kind"], last["code"], last["reason"]) == ("end", 143, "stopped by signal 15")
 
 
+@pytest.mark.parametrize("code", [3, 5])
+def test_a_run_that_lost_steps_names_the_last_checkpoint(tmp_path: Path, stream: io.StringIO, code: int) -> None:
+    (tmp_path / "checkpoints" / "step-0000000300").mkdir(parents=True)
+    RunLog(tmp_path, Console("quiet", stream)).close(code, "why")
+    assert records(tmp_path / "events.jsonl")[-1]["reason"] == "why; the last checkpoint is step 300"
+    assert stream.getvalue() == "warning: the last checkpoint is step 300\n"
+
+
 def full_disk(monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """The disk takes half of what is written to `path`, then nothing."""
     write = os.write
@@ -182,6 +190,13 @@ def test_cut_back_leaves_what_the_checkpoint_knew(tmp_path: Path) -> None:
     assert records(tmp_path / "events.jsonl") == [{"kind": "start"}, {"step": 2}]
     assert sorted(log.grid_files(tmp_path)) == [0, 3]
     assert not list(tmp_path.glob(".*.new"))
+
+
+def test_a_background_save_told_after_its_step_stays_with_its_checkpoint(tmp_path: Path) -> None:
+    saves = [{"step": step + 1, "kind": "saved", "of_step": step} for step in (3, 6)]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(map(jsonl.encode, saves)))
+    assert cut_back(tmp_path, 3) == {"events.jsonl": 1}
+    assert records(tmp_path / "events.jsonl") == saves[:1]
 
 
 def test_cut_back_does_not_touch_a_file_that_is_right(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_a_table_of_the_plan_stays_aligned(tmp_path: Path) -> None:
     text = write_report(folder).read_text()
     assert "<pre>part   tensors\nunet       208</pre>" in text
     assert "<li>one\n  of two lines</li>" in text
+    assert ".plan li { white-space: pre-wrap; }" in text, "else a browser drops the second line's indentation"
 
 
 # --- charts
@@ -254,6 +255,30 @@ def test_a_chart_without_points_is_nothing() -> None:
 # --- a real browser
 
 
+def chromium(folder: Path) -> list[str]:
+    return [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--disable-dev-shm-usage", f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1800",
+        "--enable-logging=stderr", "--v=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
+def test_nothing_is_cut_off_on_a_telephone(tmp_path: Path) -> None:
+    path = write_report(make_run(tmp_path / "run", previews=(0, 25, 123450)))
+    script = """<style>body { width: 390px; }</style><script>
+        const ends = [...document.querySelectorAll("main *")].map(e => e.getBoundingClientRect().right);
+        document.body.dataset.end = Math.max(...ends);
+        </script></body>"""
+    path.write_text(path.read_text().replace("</body>", script))
+    command = [*chromium(tmp_path), "--dump-dom", path.as_uri()]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    end = re.search(r'data-end="([\d.]+)"', page.stdout)
+    assert end
+    assert float(end[1]) <= 390
+
+
 @pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: apt-get install chromium")
 def test_a_browser_draws_it_and_its_slider_moves(tmp_path: Path) -> None:
@@ -271,11 +296,7 @@ def test_a_browser_draws_it_and_its_slider_moves(tmp_path: Path) -> None:
             </script></body>""",
         )
     )
-    arguments = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-        "--disable-dev-shm-usage", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1800",
-        "--enable-logging=stderr", "--v=0",
-    ]  # fmt: skip
+    arguments = chromium(tmp_path)
     url = path.as_uri()
     page = subprocess.run([*arguments, "--dump-dom", url], capture_output=True, text=True, timeout=300, check=True)
     assert "Uncaught" not in page.stderr

@@ -17,8 +17,10 @@ import pytest
 from everydream.errors import CheckpointError, ConfigError, SaveError
 from everydream.training import checkpoint
 from everydream.training.lock import Lock
-from everydream.training.runfolder import Run, make_run, resolve_resume, runs
+from everydream.training.resuming import find_start
+from everydream.training.runfolder import Run, make_run, model_in, resolve_resume, runs, title_of
 from everydream.training.storage import Bytes
+from tests.training.processes import on_processes
 
 ROOT = Path(__file__).parents[2]
 NOON = datetime(2026, 5, 1, 12, 0, 0, tzinfo=timezone.utc)
@@ -210,6 +212,31 @@ except SaveError as error:
     assert said.strip() == f"cannot write to the run's folder {run.folder}: Permission denied"
 
 
+# Models
+
+
+def test_a_run_stands_for_its_newest_whole_checkpoint(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for step in (1, 2, 3):
+        checkpoint.commit(run.checkpoints, step, {"model/model_index.json": Bytes(b"{}"), "state.json": Bytes(b"")})
+    damage(run.checkpoints / "step-0000000003")
+    newest = run.checkpoints / "step-0000000002"
+    for name in (run.folder, newest):
+        assert model_in(str(name)) == (str(newest / "model"), newest / "ema.safetensors")
+    assert model_in("owner/name")[0] == "owner/name"
+    damage(newest)
+    damage(run.checkpoints / "step-0000000001")
+    with pytest.raises(CheckpointError, match="has no valid checkpoint"):
+        model_in(str(run.folder))
+
+
+def test_a_checkpoint_is_called_by_its_run_and_step() -> None:
+    assert title_of("/logs/cat-2026/checkpoints/step-0000000300/model") == "cat-2026, step 300"
+    assert [title_of(name) for name in ("/models/sd15", "owner/name", "x.safetensors")] == [
+        "sd15", "name", "x.safetensors",
+    ]  # fmt: skip
+
+
 # Resuming
 
 
@@ -222,6 +249,22 @@ def test_nothing_there_is_a_new_start(tmp_path: Path) -> None:
     for what in ("latest", empty.folder):
         found = resume(what, tmp_path / "logs")
         assert found.checkpoint is None and found.run == empty and "has no checkpoint yet" in found.note
+
+
+def test_a_new_start_warns_where_it_looked_and_what_else_is_there(tmp_path: Path) -> None:
+    def said() -> str:
+        [(start, _)] = on_processes(1, lambda ranks: find_start("latest", tmp_path, "cat", ranks))
+        [note] = start.notes
+        return str(note)
+
+    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew"
+    make(tmp_path, "dog", steps=(1,))
+    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew (runs of 'dog' are there)"
+    older = make(tmp_path, steps=(1,))
+    newest = make(tmp_path)
+    assert said() == (
+        f"warning: {newest.folder} has no checkpoint yet: starting anew (an older run has: --resume {older.folder})"
+    )
 
 
 def test_latest_skips_what_is_damaged_and_says_so(tmp_path: Path) -> None:

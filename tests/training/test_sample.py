@@ -101,6 +101,9 @@ def test_a_run_and_its_checkpoint_are_models_with_their_recipe(run: Runner, tiny
         assert pixels(path) == wanted
     _, (path,), _ = run(folder, "the star", "--clip_skip", 0)
     assert pixels(path) == expected(tiny_model, "the star")
+    _, paths, _ = run(folder, "a", "b")
+    with Image.open(paths[-1]) as grid:
+        assert json.loads(grid.text["everydream"])["model"] == str(checkpoint / "model")  # type: ignore[attr-defined]
     (checkpoint / "model" / "model_index.json").write_text("{}")
     code, _, told = run(folder, "the star")
     assert code == 4
