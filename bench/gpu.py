@@ -104,7 +104,8 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dic
     is_bare = kind == "bare"
     facts = read_facts(str(model))
     family = load(facts, train=("unet",), device="cuda")
-    family.enable(gradient_checkpointing=False, attn_type="sdp", compile=False, channels_last=is_bare)
+    family.enable(gradient_checkpointing=False, attn_type="sdp", compile=False, channels_last=is_bare,
+                  one_backward=True)  # fmt: skip
     side = resolution // facts.vae_factor
     latents_NCHW = torch.randn(PICTURES, facts.latent_channels, side, side, device="cuda")
     pixels_NCHW = torch.randint(0, 256, (PICTURES, 3, resolution, resolution), dtype=torch.uint8, device="cuda")

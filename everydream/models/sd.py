@@ -136,10 +136,13 @@ class StableDiffusion:
         attn_type: str = "sdp",
         compile: bool | str = False,
         channels_last: bool = False,
+        one_backward: bool = False,
     ) -> None:
         """Speed and memory; results stay the same up to rounding. compile: "max" also tunes kernels.
 
         Compiled for each shape by itself: a data set with n bucket sizes compiles n times, and no more than 64.
+        one_backward: gradients of one backward make an update, and are dropped before the next forward. Only then may
+        "max" use CUDA graphs, whose memory the gradients lie in: the next replay writes over them.
         """
         unet = self.denoiser.unet
         if channels_last:
@@ -153,7 +156,8 @@ class StableDiffusion:
             from torch._dynamo import config
 
             config.recompile_limit = 64
-            unet.compile(dynamic=False, mode="max-autotune" if compile == "max" else None)
+            tuned = "max-autotune" if one_backward else "max-autotune-no-cudagraphs"
+            unet.compile(dynamic=False, mode=tuned if compile == "max" else None)
 
     def set_sampling(self, *, prediction_type: str, zero_terminal_snr: bool) -> None:
         """What a sampler must know of the training is written into the checkpoint's scheduler config."""

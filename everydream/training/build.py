@@ -164,6 +164,7 @@ class Build:
             attn_type=settings.attn_type,
             compile=settings.compile,
             channels_last=ranks.device.type == "cuda",
+            one_backward=prepared.per_update == 1 and not prepared.has_class,
         )
         # 7. Class pictures, made with the base model before it changes.
         self.sets = {"subject": prepared.subject}
