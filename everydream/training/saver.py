@@ -77,7 +77,7 @@ class Saver:
         if not in_background or short_of:
             self._run(Saved(step, warnings=(short_of,) if short_of else ()), lambda: contents, exports or {}, began)
             return
-        live, ready = [contents], finished()
+        live, ready = [contents], finished(_tensors(contents))
 
         def copy() -> Contents:
             contents = live.pop()  # nobody else holds what was made for this save alone: it goes once it is copied
