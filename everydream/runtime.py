@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -56,6 +57,28 @@ def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerato
             f"{accelerator.num_processes}: they would all do the same work. See docs/distributed.md"
         )
     return accelerator
+
+
+def set_determinism(wanted: bool) -> None:
+    """On a card the same bits each time, by slower kernels (a CPU gives them anyway). Before its first matrix product,
+    when cuBLAS reads its variable."""
+    import torch
+
+    if wanted == torch.are_deterministic_algorithms_enabled():  # torch's switch imports its compiler
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = False  # it chooses kernels by their time
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 nothing here reads such memory
+
+
+def no_compiled_code() -> contextlib.AbstractContextManager[Any]:
+    """The training's graphs are for its own shapes; compiling others for a few pictures would take minutes."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
 
 
 def refuse_lone_process(environ: Mapping[str, str], command: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,7 +13,7 @@ import torch
 import torch.distributed
 
 from everydream.errors import ConfigError
-from everydream.runtime import is_lost_process
+from everydream.runtime import is_lost_process, set_determinism
 from tests.training.processes import on_processes
 
 
@@ -75,3 +76,18 @@ def test_a_process_that_is_lost_is_known_by_torchs_error(fault: Callable[[list[A
 @pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("/gloo/"), AssertionError("1 != 2")])
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not is_lost_process(error)
+
+
+def test_determinism_is_torchs_switch_without_its_filling_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    set_determinism(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        set_determinism(True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_determinism(False)
+    assert not torch.are_deterministic_algorithms_enabled(), "the next run in this process is its own"
