@@ -43,7 +43,7 @@ class Denoiser(nn.Module):
         if perturbation_BLD is not None:
             text = text + perturbation_BLD.to(text.dtype)
         dtype = self.unet.conv_in.weight.dtype
-        return self.unet(noisy_BCHW.to(dtype), t_B, text.to(dtype)).float()
+        return self.unet(noisy_BCHW.to(dtype), t_B, _once(text.to(dtype))).float()
 
 
 class StableDiffusion:
@@ -226,6 +226,17 @@ def load(
         device=device,
         clip_skip=clip_skip,
     )
+
+
+def _once(text_BLD: Tensor) -> Tensor:
+    """Cast to what autocast computes in, here rather than in each of the UNet's 32 layers that read it.
+
+    Not where a gradient comes back: the layers' own casts let it be added up in float32.
+    """
+    device = text_BLD.device.type
+    if text_BLD.requires_grad or not torch.is_autocast_enabled(device):
+        return text_BLD
+    return text_BLD.to(torch.get_autocast_dtype(device))
 
 
 def _build(part: str, facts: Facts, clip_skip: int) -> nn.Module:

@@ -226,6 +226,19 @@ def test_clip_skip_is_checked_against_the_layers(tiny_model: Path) -> None:
         load(read_facts(str(tiny_model)), clip_skip=3)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_text_is_cast_once_unless_a_gradient_is_to_be_added_up(tiny_model: Path, is_trained: bool) -> None:
+    family = load(read_facts(str(tiny_model)), train=("unet", "text_encoder") if is_trained else ("unet",))
+    noisy, t, tokens = inputs(family)
+    family.hold("text_encoder")
+    seen: list[torch.dtype] = []
+    family.denoiser.unet.register_forward_pre_hook(lambda module, given: seen.append(given[2].dtype))  # type: ignore[union-attr]
+    family.denoiser(noisy, t, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        family.denoiser(noisy, t, tokens)
+    assert seen == [torch.float32, torch.float32 if is_trained else torch.bfloat16]
+
+
 @pytest.mark.parametrize(("setting", "one_backward", "mode"), [
     (True, True, None), ("max", True, "max-autotune"), ("max", False, "max-autotune-no-cudagraphs"),
 ])  # fmt: skip
