@@ -1,9 +1,11 @@
-"""Images a second on a CUDA card: python bench/gpu.py [--size sd15 sd21] [--batch 1 4 16 32] [--json FILE]
+"""Images a second on a CUDA card: python bench/gpu.py [--size sd15 sd21] [--batch 1 4 16 32] [--compile] [--json FILE]
 
-Random-weight UNets of Stable Diffusion's sizes at 512 px, bf16. Three loops, in turns, medians over the rounds:
+Random-weight UNets of Stable Diffusion's sizes at 512 px, bf16. Four loops, in turns, medians over the rounds:
   bare     cached latents and text, forward, backward, clip, fused AdamW: nothing else
   usual    what the usual script does each step: VAE and text encoding, autocast, foreach AdamW, `.item()`
   trainer  ours, launched as users launch it, checkpoints and previews off
+  8 bit    the same with adamw8bit, the default
+--compile, or --compile max, is for bare and the trainer. Peaks are of training, what is made before it left out.
 An image takes 2.41 TFLOP, forward and backward; the share is of this card's measured bf16 matrix product.
 """
 
@@ -28,6 +30,9 @@ from speed import LOG_STEP, PICTURES, environment, machine
 
 TFLOP_AN_IMAGE = 2.41
 WARM_UP = 10
+LOOPS = ("bare", "usual")
+COMPILE: dict[str, bool | str] = {"false": False, "true": True, "max": "max"}
+TRAINERS = {"trainer": "adamw", "8 bit": "adamw8bit"}
 
 
 def main() -> None:
@@ -37,12 +42,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--settings", nargs="*", default=[], help="more of the trainer's, as --key=value without --")
+    parser.add_argument("--compile", nargs="?", choices=list(COMPILE), default="false", const="true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--loop", nargs=4, metavar=("KIND", "MODEL", "RESOLUTION", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.loop:
         kind, model, resolution, batch = options.loop
-        print(json.dumps(loop(kind, Path(model), int(resolution), int(batch), options.steps)))
+        print(json.dumps(loop(kind, Path(model), int(resolution), int(batch), options.steps, options.compile)))
         return
     peak = matmul_peak()
     rows = []
@@ -50,16 +56,19 @@ def main() -> None:
         for size in options.size:
             model, resolution = model_of(size, Path(folder))
             for batch in options.batch:
-                found: dict[str, list[dict[str, float]]] = {"bare": [], "usual": [], "trainer": []}
+                found: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*LOOPS, *TRAINERS)}
                 for number in range(options.rounds):
-                    for kind in ("bare", "usual"):
-                        found[kind].append(child(kind, model, resolution, batch, options.steps))
-                    logs = Path(folder) / f"logs-{size}-{batch}-{number}"
-                    found["trainer"].append(trainer(model, resolution, logs, batch, options.steps, options.settings))
+                    for kind in LOOPS:
+                        found[kind].append(child(kind, model, resolution, batch, options.steps, options.compile))
+                    for kind, optimizer in TRAINERS.items():
+                        logs = Path(folder) / f"logs-{size}-{batch}-{optimizer}-{number}"
+                        settings = [f"compile={options.compile}", *options.settings]
+                        found[kind].append(trainer(model, resolution, logs, batch, options.steps, optimizer, settings))
                 rows += [row(size, batch, kind, rounds, peak) for kind, rounds in found.items()]
-                print_rows(rows[-3:])
+                print_rows(rows[-len(found) :])
     if options.json:
-        options.json.write_text(json.dumps({"machine": card(peak), "rows": rows}, indent=1) + "\n")
+        found_here = {"machine": card(peak), "compile": options.compile, "rows": rows}
+        options.json.write_text(json.dumps(found_here, indent=1) + "\n")
 
 
 def row(size: str, batch: int, kind: str, rounds: list[dict[str, float]], peak: float) -> dict[str, Any]:
@@ -83,8 +92,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def child(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dict[str, float]:
-    words = ["--steps", str(steps), "--loop", kind, str(model), str(resolution), str(batch)]
+def child(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float]:
+    words = ["--steps", str(steps), "--compile", compiled, "--loop", kind, str(model), str(resolution), str(batch)]
     command = [sys.executable, __file__, *words]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -94,7 +103,7 @@ def child(kind: str, model: Path, resolution: int, batch: int, steps: int) -> di
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def loop(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dict[str, float]:
+def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float]:
     import torch
 
     from everydream.diffusion.paths import NoisePath
@@ -104,12 +113,20 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dic
     is_bare = kind == "bare"
     facts = read_facts(str(model))
     family = load(facts, train=("unet",), device="cuda")
-    family.enable(gradient_checkpointing=False, attn_type="sdp", compile=False, channels_last=is_bare)
+    family.enable(
+        gradient_checkpointing=False,
+        attn_type="sdp",
+        compile=is_bare and COMPILE[compiled],
+        channels_last=is_bare,
+        one_backward=True,
+    )
     side = resolution // facts.vae_factor
     latents_NCHW = torch.randn(PICTURES, facts.latent_channels, side, side, device="cuda")
     pixels_NCHW = torch.randint(0, 256, (PICTURES, 3, resolution, resolution), dtype=torch.uint8, device="cuda")
     tokens_NKL = torch.from_numpy(family.tokenize(["a thing"] * PICTURES, 1)).cuda()
     text_NLD = family.encode_text(tokens_NKL)
+    if is_bare:
+        family.drop_text_encoder()
     path = NoisePath.from_scheduler_config(facts.scheduler_config).to("cuda")
     parameters = list(family.parameters_of("unet").values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=is_bare, foreach=not is_bare)
@@ -117,6 +134,7 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dic
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
         at = torch.arange(step * batch, (step + 1) * batch, device="cuda") % PICTURES
         if is_bare:
@@ -141,16 +159,19 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int) -> dic
     return {"images_per_s": steps * batch / seconds, "peak_bytes": float(torch.cuda.max_memory_allocated())}
 
 
-def trainer(model: Path, resolution: int, logs: Path, batch: int, steps: int, settings: list[str]) -> dict[str, float]:
+def trainer(
+    model: Path, resolution: int, logs: Path, batch: int, steps: int, optimizer: str, settings: list[str]
+) -> dict[str, float]:
     from tests.tiny import make_pictures
 
     pictures = logs.parent / f"pictures-{resolution}"
     if not pictures.is_dir():
         make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
-    (logs.parent / "adamw.json").write_text('{"optimizer": "adamw", "lr": 1e-6}')
+    optimizer_file = logs.parent / f"{optimizer}.json"
+    optimizer_file.write_text(json.dumps({"optimizer": optimizer, "lr": 1e-6}))
     words = (
         f"--base_model {model} --data_root {pictures} --logdir {logs} --cache_dir {logs.parent / 'cache'} "
-        f"--optimizer_config {logs.parent / 'adamw.json'} --batch_size {batch} --max_steps {steps + 2 * LOG_STEP} "
+        f"--optimizer_config {optimizer_file} --batch_size {batch} --max_steps {steps + 2 * LOG_STEP} "
         f"--log_step {LOG_STEP} --clip_grad_norm 1.0 --mixed_precision bf16 --disable_textenc_training "
         "--cond_dropout 0 --save_every_n_epochs 0 --save_single_file false --tensorboard false --quiet"
     ).split()

@@ -2,7 +2,8 @@
 
 The trainer itself, UNet only, cached latents and text, a few steps, each way in a process of its own. Measured on a
 CPU: the process's largest resident size beyond what it had with all libraries and no model; on a card: the largest
-allocation. Said: weights, gradients, optimizer state and average, which are counted, and activations, an estimate.
+allocation from the first step on. Said: weights, gradients, optimizer state and average, which are counted, and
+activations, an estimate.
 """
 
 from __future__ import annotations

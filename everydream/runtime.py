@@ -68,6 +68,28 @@ def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerato
     return accelerator
 
 
+def set_determinism(wanted: bool) -> None:
+    """On a card the same bits each time, by slower kernels (a CPU gives them anyway). Before its first matrix product,
+    when cuBLAS reads its variable."""
+    import torch
+
+    if wanted == torch.are_deterministic_algorithms_enabled():  # torch's switch imports its compiler
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = False  # it chooses kernels by their time
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010 nothing here reads such memory
+
+
+def no_compiled_code() -> contextlib.AbstractContextManager[Any]:
+    """The training's graphs are for its own shapes; compiling others for a few pictures would take minutes."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.compiler.set_stance("force_eager")
+
+
 def refuse_lone_process(environ: Mapping[str, str], command: list[str]) -> None:
     """`accelerate launch --cpu --num_processes 2` starts one process, without a word (accelerate 1.15)."""
     if int(environ.get("WORLD_SIZE", "1")) > 1 or not any("accelerate" in word for word in command[:3]):

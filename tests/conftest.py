@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    torch.backends.cudnn.deterministic = True  # what is compared bit for bit may not train with whatever is fastest
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import torch.distributed
 
 from everydream.errors import ConfigError
-from everydream.runtime import is_lost_process
+from everydream.runtime import is_lost_process, set_determinism
 from tests.training.processes import on_processes
 
 
@@ -115,3 +116,18 @@ def test_a_second_interrupt_says_what_is_lost(tmp_path: Path, checkpoints: list[
     if checkpoints is not None:
         end = json.loads((tmp_path / "events.jsonl").read_text().splitlines()[-1])
         assert (end["step"], end["kind"], end["code"], end["reason"]) == (317, "end", 130, words)
+
+
+def test_determinism_is_torchs_switch_without_its_filling_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    set_determinism(False)
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        set_determinism(True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_determinism(False)
+    assert not torch.are_deterministic_algorithms_enabled(), "the next run in this process is its own"

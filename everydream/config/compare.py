@@ -16,8 +16,8 @@ Values = Mapping[str, Any]
 _SAFE = """
 project_name run_name logdir max_epochs max_steps process_timeout_minutes allow_pickle num_workers scan_workers
 cache_latents cache_dir bad_images max_image_megapixels optimizer_config gradient_checkpointing attn_type compile
-allow_tf32 fused_backward ema_use ema_device save_every_n_epochs save_every_n_steps ckpt_every_n_minutes keep_last
-save_ckpt_dir save_single_file save_dtype background_save sample_prompts sample_steps validation_config
+allow_tf32 deterministic fused_backward ema_use ema_device save_every_n_epochs save_every_n_steps ckpt_every_n_minutes
+keep_last save_ckpt_dir save_single_file save_dtype background_save sample_prompts sample_steps validation_config
 validate_every_n_steps log_step tensorboard wandb write_schedule profile_steps plugins quiet verbose
 validation.extra_manual_datasets validation.manual_data_root validation.stabilize_training_loss
 validation.stabilize_split_proportion validation.every_n_epochs validation.every_n_steps validation.batch_size

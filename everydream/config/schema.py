@@ -329,6 +329,11 @@ class Settings(Tree):
         description='true: torch.compile the model, "max": and tune its kernels; minutes at the start, faster steps.',
     )
     allow_tf32: bool = Field(True, description="Let float32 matrix products use TF32 on GPUs that have it.")
+    deterministic: bool = Field(
+        False,
+        description="true: a GPU gives the same bits each time, some per cent slower, so that a resume is exact there "
+        "too. A CPU always does.",
+    )
 
     ema_decay_rate: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,

@@ -118,7 +118,7 @@ class TextEncoder(nn.Module):
         x = self.text_model.embeddings(tokens_BKL.flatten(0, 1))
         for layer in self.text_model.encoder.layers[: self.used_layers]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, use_reentrant=False)
+                x = checkpoint(layer, x, use_reentrant=False, preserve_rng_state=False)  # no layer draws
             else:
                 x = layer(x)
         x = self.text_model.final_layer_norm(x)

@@ -67,16 +67,41 @@ class Attention(nn.Module):
         return self.to_out[0](self.attend(q, k, v).transpose(1, 2).flatten(-2))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Under autocast in its input's dtype, as the layers around it.
+
+    On a card autocast itself takes float32, for the result and what is kept for backward too: twice the memory.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x_BCHW.device.type):
+            return super().forward(x_BCHW)
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            weight, bias = self.weight.to(x_BCHW.dtype), self.bias.to(x_BCHW.dtype)
+            return F.group_norm(x_BCHW, self.num_groups, weight, bias, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """As GroupNorm."""
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x_BLC.device.type):
+            return super().forward(x_BLC)
+        with torch.autocast(x_BLC.device.type, enabled=False):
+            weight, bias = self.weight.to(x_BLC.dtype), self.bias.to(x_BLC.dtype)
+            return F.layer_norm(x_BLC, self.normalized_shape, weight, bias, self.eps)
+
+
 class ResnetBlock(nn.Module):
     """Two convolutions and the way around them; the UNet's are told the time (Ho et al. 2020, appendix B)."""
 
     def __init__(self, inputs: int, outputs: int, *, groups: int, eps: float, time_width: int | None = None) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs, eps=eps)
+        self.norm1 = GroupNorm(groups, inputs, eps=eps)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         if time_width is not None:
             self.time_emb_proj = nn.Linear(time_width, outputs)
-        self.norm2 = nn.GroupNorm(groups, outputs, eps=eps)
+        self.norm2 = GroupNorm(groups, outputs, eps=eps)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else None
 

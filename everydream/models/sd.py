@@ -43,7 +43,7 @@ class Denoiser(nn.Module):
         if perturbation_BLD is not None:
             text = text + perturbation_BLD.to(text.dtype)
         dtype = self.unet.conv_in.weight.dtype
-        return self.unet(noisy_BCHW.to(dtype), t_B, text.to(dtype)).float()
+        return self.unet(noisy_BCHW.to(dtype), t_B, _once(text.to(dtype))).float()
 
 
 class StableDiffusion:
@@ -136,10 +136,13 @@ class StableDiffusion:
         attn_type: str = "sdp",
         compile: bool | str = False,
         channels_last: bool = False,
+        one_backward: bool = False,
     ) -> None:
         """Speed and memory; results stay the same up to rounding. compile: "max" also tunes kernels.
 
         Compiled for each shape by itself: a data set with n bucket sizes compiles n times, and no more than 64.
+        one_backward: gradients of one backward make an update, and are dropped before the next forward. Only then may
+        "max" use CUDA graphs, whose memory the gradients lie in: the next replay writes over them.
         """
         unet = self.denoiser.unet
         if channels_last:
@@ -153,7 +156,8 @@ class StableDiffusion:
             from torch._dynamo import config
 
             config.recompile_limit = 64
-            unet.compile(dynamic=False, mode="max-autotune" if compile == "max" else None)
+            tuned = "max-autotune" if one_backward else "max-autotune-no-cudagraphs"
+            unet.compile(dynamic=False, mode=tuned if compile == "max" else None)
 
     def set_sampling(self, *, prediction_type: str, zero_terminal_snr: bool) -> None:
         """What a sampler must know of the training is written into the checkpoint's scheduler config."""
@@ -222,6 +226,17 @@ def load(
         device=device,
         clip_skip=clip_skip,
     )
+
+
+def _once(text_BLD: Tensor) -> Tensor:
+    """Cast to what autocast computes in, here rather than in each of the UNet's 32 layers that read it.
+
+    Not where a gradient comes back: the layers' own casts let it be added up in float32.
+    """
+    device = text_BLD.device.type
+    if text_BLD.requires_grad or not torch.is_autocast_enabled(device):
+        return text_BLD
+    return text_BLD.to(torch.get_autocast_dtype(device))
 
 
 def _build(part: str, facts: Facts, clip_skip: int) -> nn.Module:

@@ -18,7 +18,16 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from everydream.errors import ConfigError
-from everydream.models.layers import Attend, Attention, Downsample, ResnetBlock, Upsample, refuse_unknown
+from everydream.models.layers import (
+    Attend,
+    Attention,
+    Downsample,
+    GroupNorm,
+    LayerNorm,
+    ResnetBlock,
+    Upsample,
+    refuse_unknown,
+)
 
 # What Stable Diffusion 1 and 2 have; any other value would be another network.
 PLAIN = {
@@ -90,11 +99,11 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(self, width: int, heads: int, text_width: int) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
         self.attn1 = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = LayerNorm(width)
         self.attn2 = Attention(width, heads, text_width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm3 = LayerNorm(width)
         self.ff = FeedForward(width)
 
     def forward(self, x_BLC: Tensor, text_BLD: Tensor) -> Tensor:
@@ -109,7 +118,7 @@ class Transformer(nn.Module):
     def __init__(self, width: int, heads: int, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.is_linear = config.get("use_linear_projection", False)
-        self.norm = nn.GroupNorm(config.get("norm_num_groups", 32), width, eps=1e-6)
+        self.norm = GroupNorm(config.get("norm_num_groups", 32), width, eps=1e-6)
         self.proj_in = nn.Linear(width, width) if self.is_linear else nn.Conv2d(width, width, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, config["cross_attention_dim"])])
         self.proj_out = nn.Linear(width, width) if self.is_linear else nn.Conv2d(width, width, 1)
@@ -129,7 +138,9 @@ def _rows(x_BCHW: Tensor) -> Tensor:
 
 
 def _picture(x_BLC: Tensor, height: int, width: int) -> Tensor:
-    return x_BLC.transpose(1, 2).unflatten(2, (height, width)).contiguous()
+    """A view, channels last, which is how a card wants it; a CPU has its convolutions in the other layout."""
+    x_BCHW = x_BLC.transpose(1, 2).unflatten(2, (height, width))
+    return x_BCHW.contiguous() if x_BCHW.device.type == "cpu" else x_BCHW
 
 
 def call(layer: nn.Module, *inputs: Tensor) -> Tensor:
@@ -137,8 +148,15 @@ def call(layer: nn.Module, *inputs: Tensor) -> Tensor:
 
 
 def call_again_in_backward(layer: nn.Module, *inputs: Tensor) -> Tensor:
-    """Gradient checkpointing (Chen et al. 2016): only the layer's input is kept, the rest is computed twice."""
-    return checkpoint(layer, *inputs, use_reentrant=False) if torch.is_grad_enabled() else layer(*inputs)
+    """Gradient checkpointing (Chen et al. 2016): only the layer's input is kept, the rest is computed twice.
+
+    No layer draws (no dropout), so that the generators' states, a read from the card each, need not be kept.
+    """
+    return (
+        checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else layer(*inputs)
+    )
 
 
 class Block(nn.Module):
@@ -237,7 +255,7 @@ class UNet(nn.Module):
             self.up_blocks.append(up)
             below = width
         groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], eps=eps)
+        self.conv_norm_out = GroupNorm(groups, widths[0], eps=eps)
         self.conv_out = nn.Conv2d(widths[0], config["out_channels"], 3, padding=1)
 
     def forward(self, noisy_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+PIECE = 2**16  # elements; the demo's norm takes 0.4 instead of 0.2 ms
+
 Parts = Mapping[str, Sequence[torch.nn.Parameter]]
 
 
@@ -34,7 +36,17 @@ def _norm(grads: list[torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -
     if not grads:
         return torch.zeros((), device=parameters[0].device if parameters else None)
     # float32 also for bf16 gradients, whose own dtype keeps three digits.
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0, dtype=torch.float32)))
+    norms = torch.stack(torch._foreach_norm(_pieces(grads), 2.0, dtype=torch.float32))
+    return torch.linalg.vector_norm(norms.double()).float()
+
+
+def _pieces(grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A CPU adds up number by number in float32: 3e-5 off at 2 million numbers, 1e-3 at 20; pieces 2e-7 at any size."""
+    return [
+        piece
+        for grad in grads
+        for piece in (grad.flatten().split(PIECE) if grad.numel() > PIECE and grad.device.type == "cpu" else (grad,))
+    ]
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
-from everydream.runtime import StopRequest, is_lost_process
+from everydream.runtime import StopRequest, is_lost_process, set_determinism
 from everydream.training import feed
 from everydream.training.bag import Bag, export, exported_by
 from everydream.training.checkpoint import clean, folders, name_of
@@ -46,7 +46,7 @@ from everydream.training.sampling import Parts
 from everydream.training.saver import Exports, Saver
 from everydream.training.schedule import NoSchedule, Schedule
 from everydream.training.trainer import train
-from everydream.training.turns import Part, Trainer, memory_total
+from everydream.training.turns import Part, Trainer, forget_peak, memory_total
 from everydream.training.update import FusedUpdate, Update
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,6 +169,7 @@ class Build:
         prepared, settings, ranks = self.prepared, self.settings, self.ranks
         # 6. Weights.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
+        set_determinism(settings.deterministic)
         self.family = load(
             prepared.facts,
             train=prepared.parts,
@@ -184,6 +185,7 @@ class Build:
             attn_type=settings.attn_type,
             compile=settings.compile,
             channels_last=ranks.device.type == "cuda",
+            one_backward=prepared.per_update == 1 and not prepared.has_class,
         )
         # 7. Class pictures, made with the base model before it changes.
         self.sets = {"subject": prepared.subject}
@@ -307,6 +309,7 @@ class Build:
         )
         self.log.start(self.state.step, prepared.clock.total_steps, settings.max_epochs, memory_total())
         prepared.plugins.after_build(trainer)
+        forget_peak()
         return trainer
 
     def _open_log(self) -> None:

@@ -13,6 +13,7 @@ from everydream.data.buckets import assign
 from everydream.data.cache import LatentCache, TextCache
 from everydream.data.dataset import Augmentation, MicroBatches, Source
 from everydream.diffusion.noise import EmbeddingPerturbation, NoiseSampler
+from everydream.runtime import no_compiled_code
 from everydream.training.feed import cache_latents, cache_texts
 from everydream.training.prior import generate_missing
 from everydream.training.prompts import Picture
@@ -49,7 +50,8 @@ def make_class_pictures(prepared: Prepared, family: Family) -> None:
             Picture(p, "", g.initial_seed(), width, height, CLASS_GUIDANCE, CLASS_STEPS, CLASS_SCHEDULER)
             for p, g in zip(prompts, generators, strict=True)
         ]
-        return sample(parts, pictures, autocast=prepared.accelerator.autocast)
+        with no_compiled_code():
+            return sample(parts, pictures, autocast=prepared.accelerator.autocast)
 
     with prepared.console.task("making class pictures", wanted) as advance:
         made = generate_missing(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from everydream.errors import ConfigError, Stopped
+from everydream.runtime import no_compiled_code
 from everydream.training import grids, prompts, sampling
 from everydream.training.divided import divided, on_main
 from everydream.training.log import SAMPLES, grid_files
@@ -223,15 +224,6 @@ def untouched_randomness() -> Iterator[None]:
         torch.set_rng_state(torch_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
-
-
-def no_compiled_code() -> contextlib.AbstractContextManager[Any]:
-    """The training's graphs are for its own shapes; compiling others for a few pictures would take minutes."""
-    import sys
-
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
-        return contextlib.nullcontext()
-    return torch.compiler.set_stance("force_eager")
 
 
 def release_memory() -> None:

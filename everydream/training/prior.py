@@ -93,11 +93,11 @@ def generate_missing(
 class PassingLock(Lock):
     """Its file goes with it: the folder is the user's."""
 
-    def take(self) -> None:
-        super().take()
+    def take(self, *, sign: bool = True) -> None:
+        super().take(sign=sign)
         while self._handle is not None and not self._is_there(self._handle):
             super().release()  # whoever held it removed the file after we had opened it: there must be a new one
-            super().take()
+            super().take(sign=sign)
 
     def release(self) -> None:
         if self._handle is not None:

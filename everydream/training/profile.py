@@ -134,7 +134,7 @@ class Profile(NoProfile):
             with open(self.folder / "trace.json", "rb") as plain, gzip.open(self.folder / "trace.json.gz", "wb") as gz:
                 shutil.copyfileobj(plain, gz)
             (self.folder / "trace.json").unlink()
-            sort_by = "self_cpu_time_total"
+            sort_by = f"self_{'device' if self.device_type == 'cuda' else 'cpu'}_time_total"
             (self.folder / "operators.txt").write_text(tracer.key_averages().table(sort_by=sort_by, row_limit=40))
             self.log.event("profile", f"Trace: {self.folder / 'trace.json.gz'} (open it at ui.perfetto.dev)")
 

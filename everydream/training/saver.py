@@ -81,7 +81,7 @@ class Saver:
         if not in_background or short_of:
             self._run(Saved(step), lambda: (contents, short_of), exports or {}, began)
             return
-        live, ready = [contents], finished()
+        live, ready = [contents], finished(_tensors(contents))
 
         def copy() -> tuple[Contents, str]:
             contents = live.pop()  # nobody else holds what was made for this save alone: it goes once it is copied

@@ -21,6 +21,7 @@ from everydream.training.tensorfile import Tensors, as_bytes
 PIECE = 128 << 20  # bytes
 
 Layout = Sequence[tuple[torch.dtype, torch.Size]]
+Ready = Mapping[torch.device, torch.cuda.Event]
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,15 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._rooms: dict[str, Room] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}  # one a card: each keeps memory of its own
 
     def missing(self, files: Mapping[str, Tensors]) -> int:
         """Bytes that copying these files' tensors would have to get from the system."""
         sizes = {name: file.nbytes for name, file in files.items()}
         return sum(size for name, size in sizes.items() if name not in self._rooms or self._rooms[name].nbytes != size)
 
-    def copy(self, files: Mapping[str, Tensors], ready: torch.cuda.Event | None = None) -> dict[str, Laid]:
-        """The files, as their tensors are now. `ready`: when a card has computed them. What an earlier call gave is
+    def copy(self, files: Mapping[str, Tensors], ready: Ready | None = None) -> dict[str, Laid]:
+        """The files, as their tensors are now. `ready`: when the cards have computed them. What an earlier call gave is
         written over."""
         laid, pairs = {}, list[tuple[Tensor, Tensor]]()
         for name, file in files.items():
@@ -78,29 +80,28 @@ class HostMemory:
             room = self._rooms[name]
             pairs += [(place, t.detach()) for place, (_, t) in zip(room.places, order, strict=True)]
             laid[name] = Laid(file.header(order), room.pieces)
-        _copy(pairs, ready)
+        _copy(pairs, ready or {}, self._streams)
         return laid
 
 
-def finished() -> torch.cuda.Event | None:
-    """The moment when the card has done what it was given so far; None without a card."""
-    if not torch.cuda.is_available():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+def finished(files: Mapping[str, Tensors]) -> Ready:
+    """The moments when the cards that these tensors are on have done what they were given so far."""
+    devices = {tensor.device for file in files.values() for tensor in file.tensors.values() if tensor.is_cuda}
+    return {device: torch.cuda.current_stream(device).record_event() for device in devices}
 
 
 @torch.no_grad()
-def _copy(pairs: Sequence[tuple[Tensor, Tensor]], ready: torch.cuda.Event | None) -> None:
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]], ready: Ready, streams: dict[torch.device, torch.cuda.Stream]) -> None:
     here = [pair for pair in pairs if not pair[1].is_cuda]
     if here:  # one call, for each call would wait for its turn beside the training's
         torch._foreach_copy_([place for place, _ in here], [tensor for _, tensor in here])
     devices = {tensor.device for _, tensor in pairs if tensor.is_cuda}
     for device in devices:
-        stream = torch.cuda.Stream(device)  # beside what the card computes
-        if ready is not None:
-            stream.wait_event(ready)
+        if device not in streams:
+            streams[device] = torch.cuda.Stream(device)  # beside what the card computes
+        stream = streams[device]
+        if device in ready:
+            stream.wait_event(ready[device])
         with torch.cuda.stream(stream):
             for place, tensor in pairs:
                 if tensor.device == device:

@@ -14,7 +14,7 @@ import torch
 from everydream.errors import DivergedError, SaveError
 from everydream.optim.factory import set_mode
 from everydream.optim.schedules import set_lr
-from everydream.runtime import is_lost_process
+from everydream.runtime import is_lost_process, no_compiled_code
 from everydream.training.divided import on_main
 from everydream.training.profile import NoProfile
 from everydream.training.saver import FAILURES, Saver
@@ -129,7 +129,8 @@ class Trainer:
         if self.validation_due(self.state.step):
             values: Mapping[str, float] = {}
             with self.profile("validation"), self._failure_is_reported("the validation"), self.evaluating("validation"):
-                values = self.validation(self.state.step)
+                with no_compiled_code():
+                    values = self.validation(self.state.step)
                 if values:
                     self.log.metrics(self.state.step, values)
             if not self._stop_at_once() or values:
@@ -331,6 +332,12 @@ def averaged(parts: Mapping[str, Part]) -> Iterator[None]:
         with torch.no_grad():
             for weight, copy in zip(weights, kept, strict=True):
                 weight.copy_(copy)
+
+
+def forget_peak() -> None:
+    """What came before training (encoding pictures, making class pictures) is not its peak."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 def memory_bytes() -> int:

@@ -99,8 +99,6 @@ class Update:
     def begin(self, step: int) -> None:
         """Forget the last update. Dropout and optimizers that draw get a generator that a resume finds again."""
         torch.manual_seed(torch_seed(self.seed, "update", step, self.ranks.rank))
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
         self._seen.clear()
         self._sums.zero_()
         self._abandoned = False
@@ -154,19 +152,24 @@ class Update:
     def agree(self) -> Verdict:
         """The one host read of an update: sums, gradient norms, stop and save flags, the same on every process."""
         if self._abandoned:
+            self.drop_gradients()
             return Verdict(stop_signal=self.stop.signum, is_abandoned=True)
         with self.profile("agree"):
-            return self._agree()
+            verdict = self._agree()
+            if not verdict.is_finite:
+                self.drop_gradients()
+            return verdict
 
     def _agree(self) -> Verdict:
         if self.accelerator.scaler is not None:
             for optimizer in self.optimizers.values():
                 self.accelerator.scaler.unscale_(optimizer)
+        norms = self.norms().double()  # equal on all processes: gradients were exchanged
         stops = [float(self.stop.signum == signum) for signum in SIGNALS]
         flags = [float(flag) for flag in self.flags()]
-        told = torch.tensor([*stops, *flags], dtype=torch.float64, device=self.ranks.device)
-        shared = self.ranks.sum(torch.cat([self._sums, told]))
-        norms = self.norms().double()  # equal on all processes: gradients were exchanged
+        # From pinned memory, or the copy would wait until the card has done all of backward.
+        told = torch.tensor([*stops, *flags], dtype=torch.float64, pin_memory=self.ranks.device.type == "cuda")
+        shared = self.ranks.sum(torch.cat([self._sums, told.to(self.ranks.device, non_blocking=True)]))
         loss_sum, prior_sum, sigint, sigterm, due, failed, *parts = torch.cat([shared, norms]).tolist()
         return Verdict(
             loss_sum=loss_sum,
@@ -186,6 +189,12 @@ class Update:
             self.settle()
         with self.profile("optimizer"):
             self._apply(verdict)
+            self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """As soon as they are used: what a turn does has their memory, and a CUDA graph's replay may not meet them."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def _apply(self, verdict: Verdict) -> None:
         if self.clip_norm is not None and verdict.norm > self.clip_norm:

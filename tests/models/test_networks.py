@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from everydream.errors import ConfigError
 from everydream.models.autoencoder import Autoencoder
 from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts, load, read_facts
-from everydream.models.layers import ATTENTION
+from everydream.models.layers import ATTENTION, GroupNorm, LayerNorm
 from everydream.models.tensors import PartReader
 from everydream.models.unet import UNet
 from tests.tiny import make_tiny_model
@@ -80,6 +81,37 @@ def test_gradient_checkpointing_changes_no_bit(facts: Facts) -> None:
     ours.save_memory()
     saving = gradients(ours, ours(*inputs))
     assert all(torch.equal(plain[name], saving[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ours", [GroupNorm(4, 8), LayerNorm(8)], ids=lambda norm: type(norm).__name__)
+def test_norms_are_torchs_own_and_under_autocast_in_their_inputs_dtype(ours: Any, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 8, 8, 8) + 1
+    torch.nn.init.normal_(ours.weight)
+    theirs: Any = type(ours).__base__.forward
+    assert torch.equal(ours(x), theirs(ours, x))
+    low = copy.deepcopy(ours).to(dtype)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(ours(x), theirs(ours, x)), "a float32 input is not rounded"
+        assert torch.equal(ours(x.to(dtype)), theirs(low, x.to(dtype)))
+
+
+def test_autocast_costs_a_prediction_what_its_dtype_does(facts: Facts) -> None:
+    ours, _ = unets(facts)
+    inputs = unet_inputs()
+    exact = ours(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = ours(*inputs)
+    assert prediction.dtype == torch.bfloat16, "nothing on the way is float32"
+    assert (prediction - exact).norm() < 0.02 * exact.norm()
+
+
+def test_under_autocast_the_network_is_one_graph(facts: Facts) -> None:
+    ours, _ = unets(facts)
+    inputs = unet_inputs()
+    compiled = torch.compile(ours, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(*inputs), ours(*inputs))
 
 
 def test_sliced_attention_is_the_same_attention(facts: Facts) -> None:

@@ -226,6 +226,35 @@ def test_clip_skip_is_checked_against_the_layers(tiny_model: Path) -> None:
         load(read_facts(str(tiny_model)), clip_skip=3)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_the_text_is_cast_once_unless_a_gradient_is_to_be_added_up(tiny_model: Path, is_trained: bool) -> None:
+    family = load(read_facts(str(tiny_model)), train=("unet", "text_encoder") if is_trained else ("unet",))
+    noisy, t, tokens = inputs(family)
+    family.hold("text_encoder")
+    seen: list[torch.dtype] = []
+    family.denoiser.unet.register_forward_pre_hook(lambda module, given: seen.append(given[2].dtype))  # type: ignore[union-attr]
+    family.denoiser(noisy, t, tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        family.denoiser(noisy, t, tokens)
+    assert seen == [torch.float32, torch.float32 if is_trained else torch.bfloat16]
+
+
+@pytest.mark.parametrize(("setting", "one_backward", "mode"), [
+    (True, True, None), ("max", True, "max-autotune"), ("max", False, "max-autotune-no-cudagraphs"),
+])  # fmt: skip
+def test_cuda_graphs_own_the_gradients_so_they_are_for_one_backward_an_update(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, setting: bool | str, one_backward: bool, mode: str | None
+) -> None:
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: modes.append(options["mode"]))
+    load(read_facts(str(tiny_model))).enable(compile=setting, one_backward=one_backward)
+    assert modes == [mode]
+    if mode is not None:
+        from torch._inductor import list_mode_options
+
+        assert list_mode_options(mode).get("triton.cudagraphs", False) == one_backward
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # torch's compiler looks at .grad of inner tensors, and warns itself
 def test_compiled_predictions_are_those_of_the_plain_network_at_every_shape(tiny_model: Path) -> None:

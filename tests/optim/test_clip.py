@@ -32,6 +32,14 @@ def test_norms_are_each_parts_own() -> None:
     assert part_norms(parts).tolist() == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(4_000_000,), (2000, 2000)])
+def test_a_large_gradients_norm_is_exact_to_float32s_last_digits(shape: tuple[int, ...]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = torch.linalg.vector_norm(weight.grad, dtype=torch.float64).item()
+    assert part_norms({"unet": [weight]}).item() == pytest.approx(exact, rel=1e-6)
+
+
 def test_bf16_gradients_have_a_float32_norm() -> None:
     parts = split(with_gradients(dtype=torch.bfloat16))
     exact = [math.sqrt(sum(p.grad.double().square().sum().item() for p in ps)) for ps in parts.values()]  # type: ignore[union-attr]

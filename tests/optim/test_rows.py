@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from everydream.optim import factory, groups, schedules, table
+from everydream.optim.partial import step_only
 from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
 
 F32, U8 = torch.float32, torch.uint8
@@ -82,6 +83,25 @@ EXPECTED = {
 
 rows = pytest.mark.parametrize("name", table.ROWS)
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+@pytest.mark.parametrize("name", [name for name, row in table.ROWS.items() if row.package == "bitsandbytes"])
+@pytest.mark.parametrize("rounding", [False, True])
+def test_bitsandbytes_waits_for_the_card_only_where_its_state_is_paged(
+    name: str, rounding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.optim import optimizer as module
+
+    waits: list[torch.Tensor] = []
+    monkeypatch.setattr(module, "sync_gpu", wait := waits.append)
+    net = Net().to(torch.bfloat16) if rounding else Net()
+    optimizer = optimizer_of(net, name, rounding_seed=0 if rounding else None)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    step_only(optimizer)([net.wide.weight])
+    assert bool(waits) == name.startswith("paged_")
+    assert module.sync_gpu is wait, "as it was"
 
 
 def test_every_row_has_an_expectation_and_every_expectation_a_row() -> None:

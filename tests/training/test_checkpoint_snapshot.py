@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_the_copy_is_the_file_byte_by_byte(
 ) -> None:
     monkeypatch.setattr(snapshot, "PIECE", piece)
     files = {"a": Tensors(some_tensors(device)), "b": Tensors({"w": torch.rand(100, device=device)}, {"format": "np"})}
-    laid = HostMemory().copy(files, finished())
+    laid = HostMemory().copy(files, finished(files))
     for name, file in files.items():
         assert written(tmp_path / name, laid[name]) == written(tmp_path / "plain", file)
         assert all(piece.is_pinned() == (device == "cuda") for piece in laid[name].pieces)
@@ -74,3 +75,14 @@ def test_the_next_copy_takes_the_same_memory_and_another_layout_its_own(tmp_path
     renamed = {"b": Tensors({"x": torch.rand(11)})}  # the names are not in the memory
     assert memory.missing(renamed) == 0
     assert written(tmp_path / "a", memory.copy(renamed)["b"]) == written(tmp_path / "a", renamed["b"])
+
+
+def test_each_card_is_waited_for_by_its_own_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average may be on another card than the model."""
+    cards = [torch.device("cuda", i) for i in (0, 1)]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda card: SimpleNamespace(record_event=lambda: f"on {card}"))
+    on = {
+        str(card): SimpleNamespace(is_cuda=card.type == "cuda", device=card) for card in [*cards, torch.device("cpu")]
+    }
+    assert finished({"a": Tensors(on)}) == {card: f"on {card}" for card in cards}  # type: ignore[arg-type]
+    assert finished({"a": Tensors({"w": torch.zeros(1)})}) == {}

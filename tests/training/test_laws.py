@@ -182,6 +182,37 @@ def test_however_slowly_a_save_is_copied_it_holds_the_weights_of_its_step(
         assert_same_tensors(tensors(only_run(tmp_path / "True") / name), tensors(only_run(tmp_path / "False") / name))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's compiler looks at .grad of inner tensors, and warns itself
+def test_only_training_runs_compiled_code(
+    tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class pictures, previews and validation have shapes of their own, each of which would take minutes."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compile_ = CompileCounter(), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_(self, backend=counter, dynamic=False))
+    torch.compiler.reset()
+    (tmp_path / "prompts.json").write_text('{"steps": 2, "size": [32, 32], "prompts": ["a thing"]}')
+    (tmp_path / "validation.json").write_text(
+        '{"val_split_mode": "none", "stabilize_training_loss": true, "every_n_epochs": 0, "every_n_steps": 2, '
+        '"batch_size": 3}'
+    )
+    words = options(tiny_model, pictures, tmp_path, compile=True, max_steps=3, class_data_root=tmp_path / "class",
+                    class_prompt="a thing", num_class_images=3, sample_prompts=tmp_path / "prompts.json",
+                    sample_steps=2, validation_config=tmp_path / "validation.json")  # fmt: skip
+    assert start(*words) == 0
+    assert len(metrics(only_run(tmp_path))) > 3, "validation's lines too"
+    assert counter.frame_count == 1
+
+
+def test_a_cpu_is_deterministic_whether_asked_or_not(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    plain = options(tiny_model, pictures, tmp_path / "plain", max_steps=2)
+    asked = options(tiny_model, pictures, tmp_path / "asked", max_steps=2, deterministic=True)
+    assert start(*plain) == start(*asked) == 0
+    name = "checkpoints/step-0000000002"
+    assert_same_tensors(tensors(only_run(tmp_path / "plain") / name), tensors(only_run(tmp_path / "asked") / name))
+
+
 class Eraser:
     """A plugin that changes weights as soon as it may."""
 
