@@ -201,7 +201,8 @@ class _Rules:
         """Paths that must be there: setting, path, "folder", "file" or "folder or file"."""
         v = self.values
         model = v.get("base_model")
-        if model is not None and (os.path.isabs(model) or not _is_hub_id(model)):
+        is_read = v.get("resume") is None  # a checkpoint has all parts; without one the run says what is missing
+        if model is not None and is_read and (os.path.isabs(model) or not _is_hub_id(model)):
             is_plain = os.path.isfile(model) and not v.get("allow_pickle")
             yield "base_model", Path(model), "file of weights (.safetensors)" if is_plain else "folder or file"
         for root in v.get("data_root", ()):

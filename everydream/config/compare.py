@@ -46,7 +46,9 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
     refused: list[str] = []
     for key, value in now.items():
         drawn = key == "seed" and new["settings"]["seed"]["origin"] == DRAWN  # the run keeps the one it drew first
-        if key in was and was[key] != value and key not in DERIVED and not drawn:
+        # A folder that is gone may look like a hub's name; a resume does not need it.
+        gone = key == "base_model" and str(was.get(key)).endswith(f"/{value}")
+        if key in was and was[key] != value and key not in DERIVED and not drawn and not gone:
             (safe if key in SAFE else refused).append(_line(key, was[key], value))
     batch = [_line(key, one, two) for key, one, two in _batch(old, was, new, now) if one != two]
     (safe if _micro_batches(old, was) == _micro_batches(new, now) else refused).extend(batch)

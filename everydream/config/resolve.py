@@ -125,8 +125,9 @@ def _derive(entries: dict[str, Entry], report: Report) -> None:
     """Defaults that depend on something else than the schema."""
     precision = entries["mixed_precision"]
     entries["mixed_precision"] = replace(precision, value=precision.value or "no", default="no")
-    if entries["max_epochs"].origin in (DEFAULT, UNSET) and entries["max_steps"].value is not None:
-        entries["max_epochs"] = replace(entries["max_epochs"], value=None, default=None)
+    for key, other, none in (("max_epochs", "max_steps", None), ("save_every_n_epochs", "save_every_n_steps", 0)):
+        if entries[key].origin in (DEFAULT, UNSET) and entries[other].value is not None:
+            entries[key] = replace(entries[key], value=none, default=none)
     logdir, default = entries["logdir"], absolute(str(entries["logdir"].default), Path.cwd())
     entries["logdir"] = replace(
         logdir, value=default if logdir.value == logdir.default else logdir.value, default=default

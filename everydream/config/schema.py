@@ -48,6 +48,7 @@ def _model(value: Any, info: ValidationInfo) -> Any:
         return value
     path = absolute(value, (info.context or {}).get("folder", Path()))
     written_as_path = value.startswith((".", "/", "~")) or "\\" in value or value.endswith(WEIGHT_FILES)
+    written_as_path |= value.count("/") != 1
     return str(path) if written_as_path or os.path.exists(path) else value
 
 

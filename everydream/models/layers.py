@@ -68,21 +68,18 @@ class Attention(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast in its input's dtype, as the layers around it.
+    """Its result in its input's dtype: on a card autocast computes norms in float32, and what follows would be too.
 
-    On a card autocast itself takes float32, for the result and what is kept for backward too: twice the memory.
+    Not computed in bf16 itself: its weights and moments there cost gradients two thirds more error (docs/decisions.md).
     """
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x_BCHW.device.type):
-            return super().forward(x_BCHW)
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            weight, bias = self.weight.to(x_BCHW.dtype), self.bias.to(x_BCHW.dtype)
-            return F.group_norm(x_BCHW, self.num_groups, weight, bias, self.eps)
+        return super().forward(x_BCHW).to(x_BCHW.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
-    """As GroupNorm."""
+    """Under autocast in its input's dtype, as the layers around it: on a card autocast itself takes float32, for the
+    result and what is kept for backward too. The kernels add up in float32."""
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         if not torch.is_autocast_enabled(x_BLC.device.type):

@@ -5,6 +5,7 @@ model/  optimizer.safetensors  ema.safetensors  state.json  data.json
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -144,8 +145,13 @@ def export(
     return as_content(made)
 
 
+def run_id(folder: Path) -> str:
+    """Of the run in this folder, without saying where it lies."""
+    return f"{folder.name}/{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
+
+
 def exported_by(path: Path) -> str | None:
-    """The folder name of the run that made this file; None where it does not say."""
+    """The `run_id` of the run that made this file; None where it does not say."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get(RUN_KEY)

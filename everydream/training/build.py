@@ -29,7 +29,7 @@ from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
 from everydream.runtime import StopRequest, is_lost_process, set_determinism
 from everydream.training import feed
-from everydream.training.bag import Bag, export, exported_by
+from everydream.training.bag import Bag, export, exported_by, run_id
 from everydream.training.checkpoint import clean, folders, name_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
@@ -408,11 +408,11 @@ class Build:
             return {}
         assert self.folder is not None
         target = self.exports / f"{settings.project_name}-{name_of(step)}.safetensors"
-        if target.exists() and exported_by(target) != self.folder.name:
+        if target.exists() and exported_by(target) != run_id(self.folder):
             target = self.exports / f"{self.folder.name}-{name_of(step)}.safetensors"
         recipe = json.dumps(for_others(self.prepared.record), ensure_ascii=False)
         return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe,
-                                run=self.folder.name, averaged="exports" in settings.ema_use)}  # fmt: skip
+                                run=run_id(self.folder), averaged="exports" in settings.ema_use)}  # fmt: skip
 
     @property
     def exports(self) -> Path:

@@ -197,7 +197,7 @@ def test_a_stated_default_without_effect_is_not_worth_a_word(desk: Desk) -> None
     ("settings", "problem"),
     [
         ({"base_model": "./gone"}, "train.json:2: base_model: there is no folder or file {}/gone"),
-        ({"base_model": "gone"}, "train.json:2: base_model: there is no folder or file gone"),
+        ({"base_model": "gone"}, "train.json:2: base_model: there is no folder or file {}/gone"),
         (
             {"base_model": "gone.safetensors"},
             "train.json:2: base_model: there is no folder or file {}/gone.safetensors",

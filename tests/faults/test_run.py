@@ -536,6 +536,18 @@ def test_the_base_model_may_vanish_after_the_start(world: World, straight: Path,
     injected("base model removed under way", 1)
 
 
+@pytest.mark.parametrize("name", ["gone", "models/gone"])
+def test_a_resume_does_not_need_the_base_model(world: World, straight: Path, name: str) -> None:
+    shutil.copytree(world.folder / "model", world.folder / name)
+    config = world.settings(name.replace("/", "-"), base_model=name)
+    assert world.train(config, at={3: stop()}) == 143
+    shutil.rmtree(world.folder / name)
+    assert world.train(config, "--resume", "latest") == 0
+    assert tensors_of(newest_run(world.logdir(config)), 6) == tensors_of(straight, 6)
+    shutil.rmtree(world.logdir(config))
+    assert world.train(config, "--resume", "latest") == 2, "a new run needs it"
+
+
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 @pytest.mark.parametrize("keep", [0, 100, -1])
 def test_a_truncated_base_model_is_a_clean_error(
