@@ -191,7 +191,7 @@ class Build:
         self.sets = {"subject": prepared.subject}
         if prepared.has_class:
             make_class_pictures(prepared, self.family)
-            samples = prepared.scan("class", [settings.class_data_root], settings.class_prompt)
+            samples = prepared.class_pictures()
             prepared.compare("class", samples, prepared.start.state.next_class_epoch)
             self.sets["class"] = prepared.picture_set("class", samples)
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "bfloat16": 2}
 SHOWN_STEPS = 8
+SHOWN_CAPTIONS = 3
 
 
 def plan_text(prepared: Prepared) -> str:
@@ -44,12 +45,13 @@ def plan_sections(prepared: Prepared) -> dict[str, list[str]]:
 def _pictures(prepared: Prepared) -> Iterator[str]:
     plan = prepared.subject.plan
     yield f"samples: {len(prepared.subject.samples)}, in the first epoch {plan.draws_in(0)}"
+    for sample in prepared.subject.samples[:SHOWN_CAPTIONS]:
+        yield f"caption of {sample.identity}: {sample.caption}"
     yield from (f"bucket {line}" for line in bucket_lines(plan))
     for name, samples in prepared.validation_sets.items():
         yield f"{name}: {len(samples)} pictures"
     if prepared.has_class:
-        folder = prepared.settings.class_data_root
-        there = len(prepared.pictures_in(folder)) if folder.is_dir() else 0
+        there = len(prepared.scanned.get("class", ()))
         missing = max(0, (prepared.settings.num_class_images or 0) - there)
         yield f"class pictures: {there} there" + (f", {missing} to be made" if missing else "")
 

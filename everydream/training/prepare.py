@@ -21,7 +21,7 @@ from everydream.diffusion import objectives
 from everydream.diffusion.objectives import Objective
 from everydream.diffusion.paths import NoisePath
 from everydream.diffusion.times import TimeSampler
-from everydream.errors import ConfigError
+from everydream.errors import ConfigError, DataError
 from everydream.models.family import read_facts, tokenizer_for
 from everydream.optim import factory
 from everydream.optim.fused import refusals
@@ -201,16 +201,13 @@ class Prepared:
         )
         width, height = nearest(1, 1, self.gate.sizes)
         self.sampling = Sampling(seed=settings.seed, width=width, height=height, size_step=step)
-        samples = self.scan("subject", settings.data_root, settings.instance_prompt)
+        self.tokenize = tokenizer_for(facts)
+        self.scanned = self._scan_all()
         self.fingerprints: dict[str, Fingerprint] = {}
-        self.compare("subject", samples, self.start.state.next_epoch)
-        samples, self.validation_sets = self._hold_out(samples)
+        self.compare("subject", self.scanned["subject"], self.start.state.next_epoch)
+        samples, self.validation_sets = self._hold_out()
         self.subject = self.picture_set("subject", samples)
         plan = self.subject.plan
-        self.tokenize = tokenizer_for(facts)
-        limit = (facts.max_tokens - 2) * settings.max_caption_chunks
-        self.notes += size_notes({sample.identity: sample for sample in samples}, plan)
-        self.notes += long_captions(samples, self.tokenize.count, limit)
         total = total_updates(plan, self.per_update, settings.max_epochs, settings.max_steps)
         if total == 0:
             raise ConfigError(
@@ -240,6 +237,38 @@ class Prepared:
             return []  # max_steps ends the run before
         return rest_lines(self.subject.plan, epochs, self.accumulation, self.ranks.count)
 
+    def _scan_all(self) -> dict[str, Sequence[Sample]]:
+        """Every set of pictures that is there, by name. Raises DataError with the problems of all of them."""
+        samples: dict[str, Sequence[Sample]] = {}
+        problems: list[str] = []
+        for name, (roots, caption) in self._roots().items():
+            try:
+                samples[name] = self.scan(name, roots, caption)
+            except DataError as error:  # noqa: PERF203 each set is told of
+                problems += error.problems
+        if problems:
+            raise DataError(problems)
+        return samples
+
+    def _roots(self) -> dict[str, tuple[Sequence[Path], str | None]]:
+        settings, validation = self.settings, self.resolved.validation
+        sets: dict[str, tuple[Sequence[Path], str | None]] = {"subject": (settings.data_root, settings.instance_prompt)}
+        folder = settings.class_data_root
+        if self.has_class and (settings.num_class_images is None or (folder.is_dir() and self.pictures_in(folder))):
+            sets["class"] = ([folder], settings.class_prompt)  # missing ones are made once the model is there
+        if validation is not None:
+            if validation.val_split_mode == "manual":
+                sets["validation"] = ([validation.manual_data_root], None)
+            sets |= {f"validation-{name}": ([root], None) for name, root in validation.extra_manual_datasets.items()}
+        return sets
+
+    def class_pictures(self) -> Sequence[Sample]:
+        """Checked; once missing ones are made."""
+        wanted = self.settings.num_class_images
+        if "class" not in self.scanned or len(self.scanned["class"]) < (wanted or 0):
+            self.scanned["class"] = self.scan("class", [self.settings.class_data_root], self.settings.class_prompt)
+        return self.scanned["class"]
+
     def scan(self, name: str, roots: Sequence[Path], caption: str | None = None) -> Sequence[Sample]:
         with self.task(f"checking {name} pictures") as progress:
             found = self.gate.check(roots_of(name, tuple(roots), caption), progress)
@@ -248,26 +277,31 @@ class Prepared:
             self.notes += [f"left out: {problem}" for problem in found.problems]
         samples = found.usable(self.settings.bad_images)
         self.ranks.refuse_difference(fingerprint(samples), f"{name} pictures and captions")
+        limit = (self.facts.max_tokens - 2) * self.settings.max_caption_chunks
+        self.notes += [_of(name, line) for line in long_captions(samples, self.tokenize.count, limit)]
         return samples
 
     def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
         begin, epoch = self.start.state.plan_starts.get(name, (0, 0))
         settings = self.settings
-        return PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
+        made = PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
+        named = {sample.identity: sample for sample in samples}
+        self.notes += [_of(name, line) for line in size_notes(named, made.plan)]
+        return made
 
-    def _hold_out(self, samples: Sequence[Sample]) -> tuple[Sequence[Sample], dict[str, Sequence[Sample]]]:
+    def _hold_out(self) -> tuple[Sequence[Sample], dict[str, Sequence[Sample]]]:
         """(trained on, metric → pictures that validation looks at)."""
-        chosen = self.resolved.validation
+        samples, chosen = self.scanned["subject"], self.resolved.validation
         sets: dict[str, Sequence[Sample]] = {}
         if chosen is None:
             return samples, sets
         if chosen.val_split_mode == "automatic":
             samples, sets[HELD_OUT] = hold_out(samples, chosen.auto_split_proportion, chosen.seed)
         elif chosen.val_split_mode == "manual":
-            sets[HELD_OUT] = self.scan("validation", [chosen.manual_data_root])
+            sets[HELD_OUT] = self.scanned["validation"]
             refuse_shared(samples, sets[HELD_OUT])
-        for name, root in chosen.extra_manual_datasets.items():
-            sets[f"{HELD_OUT}_{name}"] = self.scan(f"validation-{name}", [root])
+        for name in chosen.extra_manual_datasets:
+            sets[f"{HELD_OUT}_{name}"] = self.scanned[f"validation-{name}"]
         if chosen.stabilize_training_loss:
             sets[TRAINED] = choose(samples, chosen.stabilize_split_proportion, chosen.seed, "stabilize")
         return samples, sets
@@ -293,6 +327,10 @@ class Prepared:
                 last[0] = done
 
             yield progress
+
+
+def _of(name: str, note: str) -> str:
+    return note if name == "subject" else f"{name}: {note}"
 
 
 def accumulation(batch_size: int, grad_accum: int, global_batch_size: int | None, processes: int) -> int:

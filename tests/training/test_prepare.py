@@ -170,3 +170,35 @@ def test_what_has_no_effect_is_said_once_and_before_weights_are_read(
         notes = [line["message"] for line in lines(only_run(tmp_path) / "events.jsonl") if line["kind"] == "note"]
         assert len([note for note in notes if "epsilon" in note]) == 1
         assert "epsilon" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_problems_of_all_sets_come_in_one_report_before_weights_are_read(
+    dry: bool, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("pictures", "class", "held", "other")
+    for name in names:
+        make_pictures(tmp_path / name, 3, captions="a thing")
+        (tmp_path / name / f"broken_{name}.png").write_bytes(b"no picture")
+    (tmp_path / "validation.json").write_text(
+        '{"val_split_mode": "manual", "manual_data_root": "held", "extra_manual_datasets": {"more": "other"}}'
+    )
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, class_data_root=tmp_path / "class",
+                    class_prompt="a thing", validation_config=tmp_path / "validation.json")  # fmt: skip
+    monkeypatch.setattr(build, "load", lambda *a, **k: pytest.fail("weights are read"))
+    assert start(*words, *(["--dry_run"] if dry else [])) == 2
+    said = capsys.readouterr().err
+    assert all(said.count(f"broken_{name}.png") == 1 for name in names)
+
+
+def test_long_captions_are_told_of_every_set(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pictures", "class"):
+        make_pictures(tmp_path / name, 2, captions="a thing " * 60)
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, class_data_root=tmp_path / "class",
+                    class_prompt="a thing")  # fmt: skip
+    assert start(*words, "--dry_run") == 0
+    plan = capsys.readouterr().out
+    assert plan.count("2 captions have more than 75 tokens") == 2 and "class: 2 captions" in plan
+    assert plan.count("caption of subject/picture_00") == 2
