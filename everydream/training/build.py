@@ -354,9 +354,11 @@ class Build:
         if chosen.lr_decay_steps is None:
             self.state.lr_horizon = horizon
         if chosen.lr_scheduler != "constant" and horizon < self.prepared.clock.total_steps:
+            total, resumes = self.prepared.clock.total_steps, self.prepared.start.checkpoint is not None
+            advice = f"add --resume_changed --lr_decay_steps {total}" if resumes else "set lr_decay_steps"
             self.prepared.notes.append(
-                f"{name}: the learning rate ends its decay at step {horizon} and stays there until step "
-                f"{self.prepared.clock.total_steps}; set lr_decay_steps to change that"
+                f"warning: {name}: the learning rate is down at step {horizon} and stays there until step {total}: "
+                f"{advice} to change that"
             )
         factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
         row = row_of(chosen.optimizer)

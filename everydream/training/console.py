@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +41,7 @@ class Console:
 
     def __init__(self, level: str = "normal", stream: TextIO | None = None) -> None:
         self.lowest = LEVELS.index(SHOWN_FROM[level])
-        stream = stream or sys.stderr
+        stream = stream or sys.stderr or io.StringIO()  # a process may be started without
         make = Silent if level == "quiet" else Bar if stream.isatty() else Lines
         self._display: Display = make(stream)
         self._progress: Progress | None = None

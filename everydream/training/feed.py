@@ -66,7 +66,7 @@ def cache_latents(
     progress: Progress,
 ) -> LatentCache:
     """Every latent that the sources can ask for; what is missing is encoded, each process its share."""
-    cache = LatentCache(folder, family.digest("vae"), alpha_color)
+    cache = LatentCache(folder, family.digest("vae") + _precision(), alpha_color)
     requests = list(itertools.chain.from_iterable(source.latent_requests() for source in sources.values()))
 
     def build(rank: int, world: int) -> None:
@@ -87,6 +87,11 @@ def cache_latents(
     return cache
 
 
+def _precision() -> str:
+    """TF32 keeps 10 bits of a product: what was encoded with it is not for a run without."""
+    return " tf32" if torch.cuda.is_available() and torch.backends.cudnn.allow_tf32 else ""
+
+
 def cache_texts(
     family: Family,
     captions: Sequence[str],
@@ -99,7 +104,9 @@ def cache_texts(
 ) -> TextCache:
     """The embeddings of all captions, with a frozen text encoder."""
     words = {name: hashlib.sha256(content).hexdigest() for name, content in family.facts.tokenizer.files().items()}
-    cache = TextCache(folder, repr((family.digest("text_encoder"), sorted(words.items()), clip_skip, chunks)))
+    cache = TextCache(
+        folder, repr((family.digest("text_encoder") + _precision(), sorted(words.items()), clip_skip, chunks))
+    )
 
     def encode(texts: list[str]) -> torch.Tensor:
         return family.encode_text(torch.from_numpy(family.tokenize(texts, chunks)))

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from everydream.data.buckets import bucket_sizes, nearest
 from everydream.data.fingerprint import Fingerprint, fingerprint
 from everydream.data.folders import find, roots_of
@@ -23,6 +25,7 @@ from everydream.diffusion.paths import NoisePath
 from everydream.diffusion.times import TimeSampler
 from everydream.errors import ConfigError, DataError
 from everydream.models.family import read_facts, tokenizer_for
+from everydream.models.layers import ATTENTION
 from everydream.optim import factory
 from everydream.optim.fused import refusals
 from everydream.optim.groups import Group, freeze_text_encoder, split
@@ -111,6 +114,7 @@ class Prepared:
         wrong = objectives.problems(prediction, settings.enable_zero_terminal_snr, settings.timestep_start, end, steps)
         if settings.clip_skip >= self.facts.text_layers:
             wrong.append(f"clip_skip: {settings.clip_skip}, and the text encoder has {self.facts.text_layers} layers")
+        wrong += _unavailable(settings.attn_type, settings.ema_device)
         if wrong:
             raise ConfigError(wrong)
         self.times = TimeSampler(settings.timestep_start, end, steps)
@@ -327,6 +331,20 @@ class Prepared:
                 last[0] = done
 
             yield progress
+
+
+def _unavailable(attn_type: str, ema_device: str | None) -> list[str]:
+    """What this machine lacks."""
+    problems: list[str] = []
+    try:
+        ATTENTION[attn_type]()
+    except ConfigError as error:
+        problems += error.problems
+    kind, _, index = (ema_device or "cpu").partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= there:
+        problems.append(f"ema_device: {ema_device} is not there (this machine has {there} of {kind})")
+    return problems
 
 
 def _of(name: str, note: str) -> str:

@@ -15,7 +15,7 @@ PARTS = {"unet": "unet", "text_encoder": "text"}
 
 @dataclass
 class Progress:
-    """Fed with each update. `step`: updates done; the value `epoch`: the next micro-batch's, from 0."""
+    """Fed with each update. `step`: updates done; the value `trained_epoch`: from 0, of its last micro-batch."""
 
     step: int
     max_steps: int
@@ -24,8 +24,6 @@ class Progress:
     values: dict[str, float] = field(default_factory=dict)
     smoothed_loss: float | None = None
     data_wait_share: float | None = None
-    epoch: float | None = None  # from 0, of the first micro-batch of the update shown; not known right after a resume
-    _epoch_step: int = -1
     _loss_step: int = -1
     _told: float = 0.0
     _times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=RATE_WINDOW_STEPS))
@@ -38,9 +36,6 @@ class Progress:
         self.step = step
         if not self._times or self._times[-1][0] != step:
             self._times.append((step, now))
-        if "epoch" in values and step != self._epoch_step:  # an update is told twice where it has metrics
-            is_first = self._epoch_step < 0 and step == 1
-            self.epoch, self._epoch_step = (0 if is_first else self.values.get("epoch")), step
         self.values.update(values)
         if "data_wait_s" in values:  # seconds since the last time they were told
             since, self._told = now - self._told, now
@@ -72,13 +67,10 @@ def _step(p: Progress) -> str:
 
 
 def _epoch(p: Progress) -> str:
-    if p.epoch is None:
+    if "trained_epoch" not in p.values:
         return ""
-    number = int(p.epoch) + 1
-    if p.max_epochs is None:
-        return f"epoch {number}"
-    is_past = p.values["epoch"] >= p.max_epochs  # nothing of the last epoch is left to train
-    return f"epoch {p.max_epochs if is_past else number}/{p.max_epochs}"
+    number = int(p.values["trained_epoch"]) + 1
+    return f"epoch {number}" if p.max_epochs is None else f"epoch {number}/{p.max_epochs}"
 
 
 def _loss(p: Progress) -> str:

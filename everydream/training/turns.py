@@ -196,10 +196,10 @@ class Trainer:
         state.images_seen += pictures
         state.class_images_seen += pictures * update.has_class
         index = state.step * self.clock.per_update
-        state.epoch, before = self.clock.plan.epoch_of(index), self.clock.plan.epoch_of(index - 1)
-        state.is_epoch_new = state.epoch > before
-        state.class_epoch, before = self.class_epoch(index), self.class_epoch(index - 1)
-        state.is_class_epoch_new = state.class_epoch > before
+        state.epoch, trained_epoch = self.clock.plan.epoch_of(index), self.clock.plan.epoch_of(index - 1)
+        state.class_epoch, trained_class_epoch = self.class_epoch(index), self.class_epoch(index - 1)
+        state.is_epoch_new = state.epoch > trained_epoch
+        state.is_class_epoch_new = state.class_epoch > trained_class_epoch
         shown = {f"lr_{name}": lr for name, lr in self.lrs.items()}
         if verdict.is_finite:
             state.loss_sum += verdict.loss_sum
@@ -212,7 +212,7 @@ class Trainer:
         update.schedule.tell(self.log)
         self.stop(verdict)
         self.save_is_due = verdict.save_is_due
-        self.log.progress(state.step, shown | {"epoch": state.epoch, "images_seen": state.images_seen})
+        self.log.progress(state.step, shown | {"trained_epoch": trained_epoch, "images_seen": state.images_seen})
         if verdict.failed_saves >= FAILURES:
             self.report_saves()
             raise SaveError(f"{verdict.failed_saves} saves in a row failed, see the warnings above. Nothing was lost "

@@ -95,6 +95,8 @@ def test_the_dry_run_counts_the_state_that_a_checkpoint_then_holds(
     ("settings", "message"),
     [
         ({"base_model": "/nowhere/model"}, "/nowhere/model"),
+        ({"ema_decay_rate": 0.9, "ema_device": "mps"}, "ema_device: mps is not there"),
+        ({"attn_type": "xformers"}, "attn_type: xformers cannot be imported"),
         ({"data_root": "/nowhere/pictures"}, "/nowhere/pictures"),
         ({"global_batch_size": 3}, "global_batch_size must be a multiple"),
         ({"max_steps": None, "max_epochs": 1, "batch_size": 64}, "gives no update"),
