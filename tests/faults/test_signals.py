@@ -124,3 +124,26 @@ def test_stopped_means_saved(world: World, name: str, injected: Inject) -> None:
 def test_stopped_means_saved_in_every_other_way(world: World, name: str, injected: Inject) -> None:
     assert_stopped_and_saved(world, name, LONG[name])
     injected("SIGTERM or SIGINT to script, launcher or process", 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("delay_s", [0.1, 0.5, 1.5])
+def test_a_launcher_stopped_in_the_scripts_first_seconds_takes_it_along(
+    world: World, delay_s: float, injected: Inject
+) -> None:
+    config = world.settings(f"early-{delay_s}", **SETTINGS)
+    started = subprocess.Popen(one("--config", config), cwd=world.folder, env=launching.environment(),
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    launcher = psutil.Process(started.pid)
+    script: list[psutil.Process] = []
+    while not script:
+        script = [child for child in launcher.children() if any("train.py" in word for word in child.cmdline())]
+        time.sleep(0.01)
+    time.sleep(delay_s)
+    started.terminate()
+    started.wait()
+    _, alive = psutil.wait_procs(script, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive, "the script goes on, and nobody is there to stop it"
+    injected("SIGTERM or SIGINT to script, launcher or process", 1)
