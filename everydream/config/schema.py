@@ -353,7 +353,9 @@ class Settings(Tree):
     ) = Field(None, description="Where the average is kept: cpu, cuda, cuda:1, mps. Null: where the model is trained.")
 
     save_every_n_epochs: Whole = Field(
-        20, description="Epochs between two checkpoints, 0 or more; 0: none. The end of the run always saves."
+        20,
+        description="Epochs between two checkpoints, 0 or more; 0: none, and the default where save_every_n_steps is set. "
+        "The end of the run always saves.",
     )
     save_every_n_steps: Count | None = Field(
         None, description="Optimizer updates between two checkpoints, 1 or more. Null: epochs and minutes decide."
