@@ -55,6 +55,7 @@ class Resolved:
     notes: tuple[str, ...]  # overridden, unused, without effect, retired: each said once
     action: str  # "train", "dry_run", "print_config", "print_config_json"
     processes: int = 1  # as the launcher says
+    overridden: tuple[str, ...] = ()  # those of the notes that `show.differences` tells as well
 
     def record(self) -> dict[str, Any]:
         """The content of config.json, which --config takes back: plain JSON without secrets."""
@@ -91,6 +92,7 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     if report.problems:
         raise ConfigError(report.problems)
 
+    said = len(report.notes)
     for key in Settings.model_fields:
         if key in entries:
             say_overrides(key, entries[key], report)
@@ -103,6 +105,7 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
         validation=validation,
         entries=entries,
         notes=tuple(report.notes),
+        overridden=tuple(report.notes[said:]),
         action=line.action,
         processes=processes,
     )

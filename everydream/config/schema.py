@@ -354,8 +354,8 @@ class Settings(Tree):
 
     save_every_n_epochs: Whole = Field(
         20,
-        description="Epochs between two checkpoints, 0 or more; 0: none, and the default where save_every_n_steps is set. "
-        "The end of the run always saves.",
+        description="Epochs between two checkpoints, 0 or more; 0: none, and the default where save_every_n_steps is "
+        "set. The end of the run always saves.",
     )
     save_every_n_steps: Count | None = Field(
         None, description="Optimizer updates between two checkpoints, 1 or more. Null: epochs and minutes decide."

@@ -40,8 +40,9 @@ def config_table(resolved: Resolved) -> str:
 
 
 def differences(resolved: Resolved) -> str:
-    """The settings whose value is not the default: what a run says of itself at its start."""
-    differ = {key: one for key, one in resolved.entries.items() if one.value != one.default and not one.inherited}
+    """The settings whose value is not the default, or hides another: what a run says of itself at its start."""
+    entries = resolved.entries.items()
+    differ = {key: one for key, one in entries if (one.value != one.default or one.overrides) and not one.inherited}
     return "\n".join(_rows(differ))
 
 

@@ -51,7 +51,8 @@ class Prepared:
 
     def __init__(self, resolved: Any, changes: Any, stop: StopRequest, console: Console) -> None:
         self.resolved, self.stop, self.console = resolved, stop, console
-        self.notes = list(resolved.notes)  # each said once, at the start
+        shown = () if resolved.action == "dry_run" else resolved.overridden  # in the table of what differs
+        self.notes = [note for note in resolved.notes if note not in shown]  # each said once, at the start
         self._processes()
         self._where_to_start(changes)
         self._model()
