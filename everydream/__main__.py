@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from everydream.runtime import before_torch
 
@@ -30,8 +31,9 @@ def named_if_missing() -> Iterator[None]:
         if package not in PACKAGES or importlib.util.find_spec(package) is not None:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{package} is not installed in {sys.executable}: use .venv/bin/python (`make install` makes it)",
-                  file=sys.stderr)  # fmt: skip
+            is_clone = (Path(__file__).parents[1] / "Makefile").is_file()
+            advice = "use .venv/bin/python (`make install` makes it)" if is_clone else "pip install everydream there"
+            print(f"{package} is not installed in {sys.executable}: {advice}", file=sys.stderr)
         sys.exit(2)
 
 

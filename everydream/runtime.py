@@ -142,7 +142,11 @@ class StopRequest:
     A second Ctrl-C stops at once, without saving, and says so: `last_words`, which a run's log replaces.
     """
 
-    last_words: ClassVar[Callable[[], str]] = staticmethod(lambda: "stopped at once: nothing was saved")
+    @staticmethod
+    def nothing_saved() -> str:
+        return "stopped at once: nothing was saved"
+
+    last_words: ClassVar[Callable[[], str]] = nothing_saved
 
     def __init__(self) -> None:
         self.signum = 0

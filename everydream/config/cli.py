@@ -20,7 +20,7 @@ def settings_or_exit(argv: Sequence[str]) -> Resolved:
     from everydream.config import show
 
     if "--help" in argv or "-h" in argv:
-        _print(show.help_text())
+        print_result(show.help_text())
         sys.exit(0)
     try:
         resolved = resolve(argv, os.environ)
@@ -29,7 +29,8 @@ def settings_or_exit(argv: Sequence[str]) -> Resolved:
         sys.exit(error.exit_code)
     if resolved.action in ("print_config", "print_config_json"):
         _say(resolved.notes)
-        _print(show.config_json(resolved) if resolved.action == "print_config_json" else show.config_table(resolved))
+        form = show.config_json if resolved.action == "print_config_json" else show.config_table
+        print_result(form(resolved))
         sys.exit(0)
     return resolved
 
@@ -40,7 +41,7 @@ def _say(texts: Iterable[str]) -> None:
             print(clean(text), file=sys.stderr)
 
 
-def _print(result: str) -> None:
+def print_result(result: str) -> None:
     """On stdout. What its encoding does not have is escaped: a name of a file may be any bytes."""
     if not _is_rank_0():
         return

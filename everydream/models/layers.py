@@ -79,10 +79,10 @@ class GroupNorm(nn.GroupNorm):
 
 class LayerNorm(nn.LayerNorm):
     """Under autocast in its input's dtype, as the layers around it: on a card autocast itself takes float32, for the
-    result and what is kept for backward too. The kernels add up in float32."""
+    result and what is kept for backward too. Its kernels add up in float32. A CPU's autocast leaves norms alone."""
 
     def forward(self, x_BLC: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled(x_BLC.device.type):
+        if x_BLC.device.type == "cpu" or not torch.is_autocast_enabled(x_BLC.device.type):
             return super().forward(x_BLC)
         with torch.autocast(x_BLC.device.type, enabled=False):
             weight, bias = self.weight.to(x_BLC.dtype), self.bias.to(x_BLC.dtype)

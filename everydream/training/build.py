@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from everydream.config.cli import print_result
 from everydream.config.compare import changes
 from everydream.config.redact import for_others
 from everydream.config.resolve import Resolved
@@ -27,14 +28,14 @@ from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
-from everydream.runtime import StopRequest, is_lost_process, set_determinism
+from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
 from everydream.training.bag import Bag, export, exported_by, run_id
-from everydream.training.checkpoint import clean, folders, name_of
+from everydream.training.checkpoint import clean, folders, name_of, step_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
 from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
-from everydream.training.log import NullLog, RunLog
+from everydream.training.log import NullLog, RunLog, has_finished
 from everydream.training.plan_text import plan_sections, plan_text
 from everydream.training.prepare import Prepared
 from everydream.training.previews import NoPreviews, Previews
@@ -77,7 +78,7 @@ def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
         prepared = Prepared(resolved, changes, stop, console)
         if resolved.action == "dry_run":
             if is_main:
-                print(plan_text(prepared))
+                print_result(plan_text(prepared))
             return 0
         build = Build(prepared)
         signum = work(build)
@@ -129,10 +130,20 @@ class Build:
             signum = train(trainer)
         except (DataError, RuntimeError) as error:
             if isinstance(error, DataError) or is_lost_process(error):
-                trainer.rescue()
+                self._rescue(trainer)
             raise
         self._say_results(trainer, signum)
         return signum
+
+    def _rescue(self, trainer: Trainer) -> None:
+        try:
+            rescued = trainer.rescue()
+        except Exception as error:  # the first error is the one to be told
+            todo = "Go on from the last checkpoint with --resume latest."
+            self.log.event("save_failed", f"what was learnt could not be saved: {error!r}", "warning", todo=todo)
+            return
+        if rescued:
+            self.log.event("rescued", f"step {self.state.step} is saved; go on with --resume latest")
 
     def stopped_by(self, signum: int) -> str:
         return f"stopped by signal {signum}, " + (
@@ -140,16 +151,20 @@ class Build:
         )
 
     def _owes(self) -> bool:
-        """Whether a stop came between the run's last update and its last preview or validation."""
+        """Whether a stop came between the run's last update and its last preview or validation, and nothing since."""
+        assert self.prepared.start.folder is not None
         state, validation = self.prepared.start.state, self.prepared.resolved.validation
         previews = self.settings.sample_prompts is not None and self.settings.sample_steps
-        return bool((previews and state.previewed < state.step) or (validation and state.validated < state.step))
+        owes = (previews and state.previewed < state.step) or (validation and state.validated < state.step)
+        return bool(owes) and not has_finished(self.prepared.start.folder)
 
     def cache(self) -> int:
+        self._say_start()
         self.load()
         make_inputs(self.prepared, self.family, self.sets)
         for note in dict.fromkeys(self.prepared.notes):
-            self.console.say(note)
+            if note not in self._said:
+                self.console.say(note)
         self.console.say(f"the caches are in {self.prepared.cache_dir}")
         return 0
 
@@ -158,7 +173,7 @@ class Build:
             self.saver.join()
         if self.running is not None:
             with contextlib.suppress(Exception):  # what is wrong is being told already
-                self.running.report_saves()
+                self.running.report_saves(goes_on=False)
         if self.loader is not None:
             self.loader.close()
         self.log.close(code, reason)
@@ -169,7 +184,6 @@ class Build:
         prepared, settings, ranks = self.prepared, self.settings, self.ranks
         # 6. Weights.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.allow_tf32
-        set_determinism(settings.deterministic)
         self.family = load(
             prepared.facts,
             train=prepared.parts,
@@ -355,11 +369,9 @@ class Build:
             self.state.lr_horizon = horizon
         if chosen.lr_scheduler != "constant" and horizon < self.prepared.clock.total_steps:
             total, resumes = self.prepared.clock.total_steps, self.prepared.start.checkpoint is not None
-            advice = f"add --resume_changed --lr_decay_steps {total}" if resumes else "set lr_decay_steps"
-            self.prepared.notes.append(
-                f"warning: {name}: the learning rate is down at step {horizon} and stays there until step {total}: "
-                f"{advice} to change that"
-            )
+            advice = f"Add --resume_changed --lr_decay_steps {total}" if resumes else "Set lr_decay_steps"
+            said = f"{name}: the learning rate is down at step {horizon} and stays there until step {total}"
+            self.prepared.warnings[said] = f"{advice} to change that."
         factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
         row = row_of(chosen.optimizer)
         assert row is not None
@@ -427,15 +439,19 @@ class Build:
         """Before weights are read: whoever sees a mistake here has not waited for it."""
         for line in differences(self.prepared.resolved).splitlines():
             self.console.say(line)
-        self._said = set(self.prepared.notes)
+        self._said = {*self.prepared.warnings, *self.prepared.notes}
+        for warning, todo in self.prepared.warnings.items():
+            self.console.say(f"{warning}\n  {todo}", "warning")
         for note in dict.fromkeys(self.prepared.notes):
             self.console.say(note)
 
     def _say_notes(self) -> None:
         for warning in self.prepared.start.warnings:
             self.log.event("resume", warning, "warning", todo="The newest whole checkpoint is used.")
+        for warning, todo in self.prepared.warnings.items():
+            self.log.event("note", warning, "warning", todo=todo, show=warning not in self._said)
         for note in dict.fromkeys(self.prepared.notes):
-            self.log.event("note", note, "debug" if note in self._said else "info")
+            self.log.event("note", note, show=note not in self._said)
         for line in table_lines([group for groups in self.groups.values() for group in groups]):
             self.console.say(line)
 
@@ -444,8 +460,8 @@ class Build:
         assert self.folder is not None
         grid = trainer.previews.before_after() if not signum else None
         newest = next(iter(folders(self.folder / "checkpoints")), None)
-        exports = sorted(self.exports.glob(f"*{newest.name if newest else ''}*"))
-        rows = {"checkpoint": newest, "single file": exports[-1] if exports else None, "before and after": grid,
+        exports = [path for path in (self._exports(step_of(newest) or 0) if newest else ()) if path.is_file()]
+        rows = {"checkpoint": newest, "single file": exports[0] if exports else None, "before and after": grid,
                 "report": self.folder / "report.html"}  # fmt: skip
         self.console.close()
         for name, path in rows.items():

@@ -46,8 +46,10 @@ class NullLog:
         """Training begins, or goes on, at `step`."""
         self.step = step
 
-    def event(self, kind: str, message: str = "", level: str = "info", *, todo: str = "", **fields: Any) -> None:
-        """Something happened. A warning or an error says with `todo` what to do about it."""
+    def event(
+        self, kind: str, message: str = "", level: str = "info", *, todo: str = "", show: bool = True, **fields: Any
+    ) -> None:
+        """Something happened. A warning or an error says with `todo` what to do about it. `show`: on the console."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """A line of metrics.jsonl, and what the trackers get."""
@@ -101,7 +103,7 @@ class RunLog(NullLog):
         self._files = {name: jsonl.JsonLines(folder / name) for name in (EVENTS, METRICS, SCHEDULE)}
         self._lock = threading.RLock()  # trackers report their failures from a thread of their own
         self._failing: set[str] = set()
-        self._closed = False
+        self._closed = self._ended = False
         self._trackers = [
             Tracker(
                 name,
@@ -118,10 +120,12 @@ class RunLog(NullLog):
         self.console.start(Progress(step, max_steps, max_epochs, memory_total))
         self.event("training", max_steps=max_steps, max_epochs=max_epochs)
 
-    def event(self, kind: str, message: str = "", level: str = "info", *, todo: str = "", **fields: Any) -> None:
+    def event(
+        self, kind: str, message: str = "", level: str = "info", *, todo: str = "", show: bool = True, **fields: Any
+    ) -> None:
         assert level in LEVELS, level
         assert todo or LEVELS.index(level) < LEVELS.index("warning"), f"{kind}: a {level} says what to do"
-        if message:
+        if message and show:
             self.console.say(f"{message}\n  {todo}" if todo else message, level)
         self._write(EVENTS, [{**self._record(kind, level, message), **({"todo": todo} if todo else {}), **fields}])
 
@@ -173,12 +177,14 @@ class RunLog(NullLog):
             newest = last_checkpoint(self.folder)
             self.console.say(newest, "warning")
             reason += f"; {newest}"
+        self._ended = True
         self.event("end", reason if code == 0 else "", code=code, reason=reason)
+        StopRequest.last_words = StopRequest.nothing_saved
         self._report.write(self.console)
 
     def _last_words(self) -> str:
         """Of a run that ends this instant, in a signal's handler: no lock is waited for, nothing of ours is flushed."""
-        if self._closed:
+        if self._ended:
             return ""
         reason = f"stopped without saving; {last_checkpoint(self.folder)}"
         with contextlib.suppress(OSError):
@@ -314,6 +320,12 @@ def cut_back(folder: Path, step: int) -> dict[str, int]:
             path.unlink()
     removed = {name: jsonl.cut_back(folder / name, step) for name in (EVENTS, METRICS, SCHEDULE)}
     return {name: count for name, count in removed.items() if count}
+
+
+def has_finished(folder: Path) -> bool:
+    """Whether the last process that ended in this run folder had nothing left to do."""
+    codes = [record.get("code") for record in jsonl.read(folder / EVENTS) if record.get("kind") == "end"]
+    return codes[-1:] == [0]
 
 
 def grid_files(folder: Path) -> dict[int, Path]:

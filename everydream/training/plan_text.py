@@ -38,7 +38,7 @@ def plan_sections(prepared: Prepared) -> dict[str, list[str]]:
         "Steps": list(_steps(prepared)),
         "Trained": table_lines([group for groups in prepared.groups.values() for group in groups]),
         "Memory": list(_memory(prepared)),
-        "Notes": list(dict.fromkeys(prepared.notes)),
+        "Notes": list(dict.fromkeys((*prepared.warnings, *prepared.notes))),
     }
 
 

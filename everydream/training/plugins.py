@@ -6,7 +6,6 @@ processes make and call it alike. Its exceptions end the run and name it: silenc
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
@@ -14,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from everydream.errors import ConfigError, EveryDreamError
+from everydream.errors import ConfigError, EveryDreamError, did_you_mean
 
 if TYPE_CHECKING:
     from everydream.training.turns import Trainer
@@ -83,11 +82,8 @@ def make(name: str) -> Any:
         raise ConfigError(f"plugins: {name}: {module_name} cannot be imported ({_told(error)})") from error
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type):
-        near = difflib.get_close_matches(class_name, vars(module), 1)
-        raise ConfigError(
-            f"plugins: {name}: {module_name} has no class {class_name}"
-            + (f". Did you mean {near[0]!r}?" if near else "")
-        )
+        hint = did_you_mean(class_name, vars(module))
+        raise ConfigError(f"plugins: {name}: {module_name} has no class {class_name}." + hint)
     methods = [method for method in dir(cls) if method.startswith(("after_", "before_"))]
     for method in methods:
         if method not in MOMENTS:

@@ -29,7 +29,7 @@ from everydream.models.layers import ATTENTION
 from everydream.optim import factory
 from everydream.optim.fused import refusals
 from everydream.optim.groups import Group, freeze_text_encoder, split
-from everydream.runtime import Ranks, StopRequest, make_accelerator
+from everydream.runtime import Ranks, StopRequest, make_accelerator, set_determinism
 from everydream.training.clock import Clock
 from everydream.training.console import Console
 from everydream.training.pictures import Gate, PictureSet, total_updates
@@ -53,6 +53,7 @@ class Prepared:
         self.resolved, self.stop, self.console = resolved, stop, console
         shown = () if resolved.action == "dry_run" else resolved.overridden  # in the table of what differs
         self.notes = [note for note in resolved.notes if note not in shown]  # each said once, at the start
+        self.warnings: dict[str, str] = {}  # what to do about each
         self._processes()
         self._where_to_start(changes)
         self._model()
@@ -62,6 +63,7 @@ class Prepared:
     # 1. Processes, and one seed for all of them
 
     def _processes(self) -> None:
+        set_determinism(self.resolved.settings.deterministic)
         self.accelerator = make_accelerator(
             self.resolved.settings.mixed_precision or "no", self.resolved.settings.process_timeout_minutes
         )
@@ -94,7 +96,8 @@ class Prepared:
         self.start, self.old_run = find_start(resume, settings.logdir, settings.project_name, self.ranks)
         if self.start.seed is not None and self.resolved.entries["seed"].origin == "drawn":
             self._take_seed(self.start.seed)  # seed −1: a run keeps the one that it drew first
-        self.notes += self.start.notes
+        if self.start.anew:
+            self.warnings[self.start.anew] = "If there should be one: name its folder with --resume, or its logdir."
         self.notes += check_settings(self.start, self.record, changes, settings.resume_changed)
 
     # 3. The model, from its small files

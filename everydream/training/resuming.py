@@ -23,13 +23,13 @@ from everydream.training.state import TrainState
 
 @dataclass(frozen=True)
 class Start:
-    """`checkpoint` None: from the base model. `notes`: what a person should hear about it."""
+    """`checkpoint` None: from the base model; `anew`: although a resume was asked for, and why."""
 
     folder: Path | None = None  # of the run that goes on
     checkpoint: Path | None = None
     state: TrainState = field(default_factory=TrainState)
     seed: int | None = None  # of the run that goes on
-    notes: tuple[str, ...] = ()
+    anew: str = ""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -50,7 +50,7 @@ def find_start(resume: str | None, logdir: Path, project_name: str, ranks: Ranks
         if found.run is None or found.checkpoint is None:
             if found.run is not None:
                 found.run.lock.release()
-            return Start(notes=(f"warning: {found.note}",), warnings=skipped)
+            return Start(anew=found.note, warnings=skipped)
         run.append(found.run)
         state = read_state(found.checkpoint)
         seed = found.run.record_at(state.step)["settings"]["seed"]["value"]

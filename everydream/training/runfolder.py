@@ -5,8 +5,10 @@ Runs are ordered by a counter in their config.json; the time in a folder's name 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -101,10 +103,12 @@ def make_run(
     try:
         make_folders(files, logdir)
         run = Run(_make_new(logdir, f"{name}-{now:%Y%m%d-%H%M%S}", files))
-        run.lock.take()
         about = {"counter": 1 + max((run.counter for run in runs(logdir)), default=0), "project_name": project_name}
-        with removed_on_error(run.folder, files):
+        with removed_on_error(run.folder, files), contextlib.ExitStack() as on_error:
+            run.lock.take()
+            on_error.callback(run.lock.release)
             _write_json(run.config, {**record, "run": {**about, "created": now.isoformat(timespec="seconds")}}, files)
+            on_error.pop_all()
     except OSError as error:
         raise SaveError(f"cannot make a run folder in {logdir}: {error.strerror or error}") from error
     return run
@@ -221,9 +225,10 @@ def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:
 def refuse_nameless(logdir: Path, project_name: str) -> None:
     """Raises CheckpointError where a folder called like this project's runs holds checkpoints, and no config.json that
     tells when it was made: it may be the latest."""
-    for path in sorted(logdir.glob(f"{project_name}-*/checkpoints")):
-        run = Run(path.parent)
-        if folders(path) and not run.about:
+    its_runs = re.compile(re.escape(project_name) + r"-\d{8}-\d{6}(-\d+)?")
+    for path in sorted(logdir.iterdir()) if logdir.is_dir() else ():
+        run = Run(path)
+        if its_runs.fullmatch(path.name) and folders(run.checkpoints) and not run.about:
             raise CheckpointError(
                 f"{run.config} is missing or not whole, so that the latest run cannot be told. Put a copy of it back, "
                 "move the folder away, or name the run with --resume"

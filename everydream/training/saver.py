@@ -208,8 +208,10 @@ class Saver:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a class of its own for a card's memory only."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "alloc" in str(error)
+    """torch has a class of its own for a card's memory only, not for the host's, pinned or not."""
+    text = str(error).lower()
+    is_ours = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return is_ours or "out of memory" in text or "allocate memory" in text
 
 
 def _tensors(contents: Contents) -> dict[str, Tensors]:

@@ -165,12 +165,14 @@ class Trainer:
                     self.saver.save(step, *self.bag.contents(optimizers), wait=wait)
                     if any(part.has_train_eval for part in self.parts.values()):
                         self.saver.settle()
-        self.report_saves()
+        self.report_saves(goes_on=not wait)
 
-    def rescue(self) -> None:
+    def rescue(self) -> bool:
         """A picture cannot be read any more, or a process has died: rank 0 alone saves what was learnt until now."""
-        if self.ranks.is_main and 0 < self.state.step == self._whole_at != self.save_due.last:
-            self._save(wait=True)
+        if not self.ranks.is_main or not 0 < self.state.step == self._whole_at != self.save_due.last:
+            return False
+        self._save(wait=True)
+        return self.saver.failures == 0
 
     def is_over(self) -> bool:
         return bool(self.stop_signal or self._stop_reason) or self.state.step >= self.clock.total_steps
@@ -214,7 +216,7 @@ class Trainer:
         self.save_is_due = verdict.save_is_due
         self.log.progress(state.step, shown | {"trained_epoch": trained_epoch, "images_seen": state.images_seen})
         if verdict.failed_saves >= FAILURES:
-            self.report_saves()
+            self.report_saves(goes_on=False)
             raise SaveError(f"{verdict.failed_saves} saves in a row failed, see the warnings above. Nothing was lost "
                             "before them: make room, then go on with --resume latest")  # fmt: skip
 
@@ -279,11 +281,12 @@ class Trainer:
         due = self.save_every_s is not None and time.monotonic() - self._last_save >= self.save_every_s
         return due and self.ranks.is_main, self.saver.failures * self.ranks.is_main
 
-    def report_saves(self) -> None:
-        """What became of the saves that have ended since."""
+    def report_saves(self, *, goes_on: bool = True) -> None:
+        """What became of the saves that have ended since. `goes_on`: the run does."""
         for saved in self.saver.outcomes():
             if saved.error is not None:
-                todo = "Training goes on and tries again at the next interval: make room, or mend the folder."
+                todo = "Make room, or mend the folder."
+                todo += " Training goes on and tries again at the next interval." if goes_on else ""
                 self.log.event("save_failed", str(saved.error), "warning", todo=todo, of_step=saved.step)
                 continue
             for warning in saved.warnings:

