@@ -22,6 +22,7 @@ STEPS = 4
 EXACT: dict[str, tuple[dict[str, Any], bool]] = {
     "adamw": ({"optimizer": "adamw"}, True),
     "adamw8bit": ({"optimizer": "adamw8bit"}, True),
+    "muon": ({"optimizer": "muon"}, True),  # its check multiplies matrices
     "adamw, bf16 autocast": ({"optimizer": "adamw", "mixed_precision": "bf16"}, True),
     "adamw8bit, bf16 weights": ({"optimizer": "adamw8bit", "weights_dtype": "bfloat16"}, True),
     "fused backward": ({"optimizer": "adamw", "fused_backward": True, "clip_grad_norm": None}, True),
