@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from everydream.runtime import Ranks
 
@@ -50,4 +53,6 @@ def on_processes(count: int, work: Callable[[Any], Any]) -> list[Any]:
         thread.start()
     for thread in threads:
         thread.join()
+    if "torch._dynamo" in sys.modules:  # its stance is a process's, and each thread restores what another had set
+        torch.compiler.set_stance("default")
     return results
