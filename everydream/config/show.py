@@ -12,7 +12,7 @@ from everydream.config.kinds import kinds
 from everydream.config.redact import clean
 from everydream.config.resolve import Resolved
 from everydream.config.schema import SECTIONS, Settings
-from everydream.config.sources import show
+from everydream.config.sources import UNSET, show
 
 USAGE = """\
 Fine-tune Stable Diffusion on your own pictures.
@@ -40,9 +40,10 @@ def config_table(resolved: Resolved) -> str:
 
 
 def differences(resolved: Resolved) -> str:
-    """The settings whose value is not the default, or hides another: what a run says of itself at its start."""
+    """The settings whose value is not the default, or was unset: what a run says of itself at its start."""
     entries = resolved.entries.items()
-    differ = {key: one for key, one in entries if (one.value != one.default or one.overrides) and not one.inherited}
+    differ = {key: one for key, one in entries if one.value != one.default or (one.overrides and one.origin == UNSET)}
+    differ = {key: one for key, one in differ.items() if not one.inherited}
     return "\n".join(_rows(differ))
 
 

@@ -168,6 +168,7 @@ def test_what_has_no_effect_is_said_once_and_before_weights_are_read(
     text = capsys.readouterr().out if dry else said_before[0]
     for told in ("epsilon 1e-07 from optimizer.json is unused", "huber_delta 2.0 from command line is without effect"):
         assert text.count(told) == 1
+    assert "optimizer.base.epsilon" not in text, "a row of what differs would say it twice"
     if not dry:
         notes = [line["message"] for line in lines(only_run(tmp_path) / "events.jsonl") if line["kind"] == "note"]
         assert len([note for note in notes if "epsilon" in note]) == 1
