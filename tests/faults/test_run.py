@@ -567,9 +567,9 @@ def test_a_truncated_base_model_is_a_clean_error(
 
 
 def test_a_single_file_that_a_kill_left_half_written_is_removed(world: World) -> None:
-    config = world.settings("half-exported", save_single_file=True, save_ckpt_dir="shared", max_steps=3)
+    config = world.settings("half-exported", save_single_file=True, save_ckpt_dir="half", max_steps=3)
     assert world.train(config, at={2: stop()}) == 143
-    mine, other = (world.folder / "shared" / f".saving-{p}-step-0000000002.safetensors" for p in ("faults", "other"))
+    mine, other = (world.folder / "half" / f".saving-{p}-step-0000000002.safetensors" for p in ("faults", "other"))
     for path in (mine, other):
         path.write_bytes(b"half")
     assert world.train(config, "--resume", "latest") == 0
