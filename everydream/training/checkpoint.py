@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import shutil
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -167,13 +168,15 @@ def _problem(folder: Path, name: str, expected: Written, hashes: bool) -> str | 
         return "points out of the checkpoint"
     path = folder / relative
     try:
-        if not path.is_file():
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
             return "is missing"
-        size = path.stat().st_size
-        if size != expected.size:
-            return f"{size} bytes, {expected.size} were written"
+        if found.st_size != expected.size:
+            return f"{found.st_size} bytes, {expected.size} were written"
         if hashes and sha256_of(path) != expected:
             return "its bytes have changed since they were written (sha256)"
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None

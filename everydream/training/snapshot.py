@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from everydream.training.storage import Output
-from everydream.training.tensorfile import Tensors, as_bytes
+from everydream.training.tensorfile import Shape, Shapes, Tensors, as_bytes
 
 # Torch rounds pinned memory, which copies from a card need to run at the bus's speed, up to a power of two: pieces
 # of one waste little.
 PIECE = 128 << 20  # bytes
 
-Layout = Sequence[tuple[torch.dtype, torch.Size]]
 Ready = Mapping[torch.device, torch.cuda.Event]
 
 
@@ -38,20 +37,26 @@ class Laid:
 
 
 class Room:
-    """Memory for tensors of a layout, one after the other without gaps. `places`: where each goes."""
+    """Memory for one file's tensors, one after the other without gaps. `places`: where each goes, by name."""
 
-    def __init__(self, layout: Layout, *, pinned: bool) -> None:
-        self.layout = layout
+    def __init__(self, file: Tensors) -> None:
+        self.shapes, self.metadata = file.shapes(), file.metadata
+        order = file.order()
+        self.header = file.header(order)
         self.pieces: list[Tensor] = []
-        self.places: list[Tensor] = []
-        for run in _runs(layout):
-            piece = torch.empty(sum(map(_bytes, run)), dtype=torch.uint8, pin_memory=pinned)
+        self.places: dict[str, Tensor] = {}
+        pinned = any(tensor.is_cuda for tensor in file.tensors.values())
+        for run in _runs({name: self.shapes[name] for name, _ in order}):
+            piece = torch.empty(sum(map(_bytes, run.values())), dtype=torch.uint8, pin_memory=pinned)
             ends = 0
-            for dtype, shape in run:
-                begin, ends = ends, ends + _bytes((dtype, shape))
-                self.places.append(piece[begin:ends].view(dtype).view(shape))
+            for name, (dtype, lengths) in run.items():
+                begin, ends = ends, ends + _bytes((dtype, lengths))
+                self.places[name] = piece[begin:ends].view(dtype).view(lengths)
             self.pieces.append(piece)
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
+
+    def is_for(self, file: Tensors) -> bool:
+        return self.shapes == file.shapes() and self.metadata == file.metadata
 
 
 class HostMemory:
@@ -64,7 +69,7 @@ class HostMemory:
 
     def missing(self, files: Mapping[str, Tensors]) -> int:
         """Bytes that copying these files' tensors would have to get from the system."""
-        sizes = {name: file.nbytes for name, file in files.items()}
+        sizes = {name: sum(map(_bytes, file.shapes().values())) for name, file in files.items()}
         return sum(size for name, size in sizes.items() if name not in self._rooms or self._rooms[name].nbytes != size)
 
     def copy(self, files: Mapping[str, Tensors], ready: Ready | None = None) -> dict[str, Laid]:
@@ -72,14 +77,12 @@ class HostMemory:
         written over."""
         laid, pairs = {}, list[tuple[Tensor, Tensor]]()
         for name, file in files.items():
-            order = file.order()
-            layout = [(file.dtype_of(tensor), tensor.shape) for _, tensor in order]
-            if name not in self._rooms or self._rooms[name].layout != layout:
+            if name not in self._rooms or not self._rooms[name].is_for(file):
                 self._rooms.pop(name, None)  # its memory serves the new one
-                self._rooms[name] = Room(layout, pinned=any(t.is_cuda for t in file.tensors.values()))
+                self._rooms[name] = Room(file)
             room = self._rooms[name]
-            pairs += [(place, t.detach()) for place, (_, t) in zip(room.places, order, strict=True)]
-            laid[name] = Laid(file.header(order), room.pieces)
+            pairs += [(place, file.tensors[key]) for key, place in room.places.items()]
+            laid[name] = Laid(room.header, room.pieces)
         _copy(pairs, ready or {}, self._streams)
         return laid
 
@@ -109,19 +112,19 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]], ready: Ready, streams: dict[to
         stream.synchronize()
 
 
-def _bytes(entry: tuple[torch.dtype, torch.Size]) -> int:
-    dtype, shape = entry
-    return math.prod(shape) * dtype.itemsize
+def _bytes(shape: Shape) -> int:
+    dtype, lengths = shape
+    return math.prod(lengths) * dtype.itemsize
 
 
-def _runs(layout: Layout) -> Iterator[Layout]:
-    """Pieces of at most PIECE bytes, cut between tensors."""
-    run, size = list[tuple[torch.dtype, torch.Size]](), 0
-    for entry in layout:
-        if run and size + _bytes(entry) > PIECE:
+def _runs(shapes: Shapes) -> Iterator[Shapes]:
+    """What goes into one piece, of at most PIECE bytes, cut between tensors."""
+    run, size = dict[str, Shape](), 0
+    for name, shape in shapes.items():
+        if run and size + _bytes(shape) > PIECE:
             yield run
-            run, size = [], 0
-        run.append(entry)
-        size += _bytes(entry)
+            run, size = {}, 0
+        run[name] = shape
+        size += _bytes(shape)
     if run:
         yield run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -206,18 +207,22 @@ def removed_on_error(path: Path, files: Files) -> Iterator[None]:
 
 def remove_tree(files: Files, path: Path) -> None:
     """The file or folder, if it is there; links are removed, never followed."""
-    if path.is_dir() and not path.is_symlink():
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if is_folder:
         for entry in sorted(path.iterdir()):
             remove_tree(files, entry)
         files.remove_folder(path)
-    elif path.is_symlink() or path.exists():
+    else:
         files.unlink(path)
 
 
 def sha256_of(path: Path) -> Written:
     """Size and hash of a file, read through."""
     digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         while piece := file.read(CHUNK):
             digest.update(piece)
             size += len(piece)

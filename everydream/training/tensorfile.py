@@ -38,6 +38,10 @@ DTYPES = {
 }
 
 
+Shape = tuple[torch.dtype, torch.Size]
+Shapes = Mapping[str, Shape]  # by name
+
+
 @dataclass(frozen=True)
 class Tensors:
     """A safetensors file. `dtype` casts floating tensors as they are written (an export in float16).
@@ -55,10 +59,9 @@ class Tensors:
         for _, tensor in order:
             out.write(as_bytes(tensor.detach().to("cpu", self.dtype_of(tensor))))
 
-    @property
-    def nbytes(self) -> int:
-        """Of the tensors, as they stand in the file."""
-        return sum(tensor.numel() * self.dtype_of(tensor).itemsize for tensor in self.tensors.values())
+    def shapes(self) -> Shapes:
+        """Of each tensor, as it stands in the file."""
+        return {name: (self.dtype_of(tensor), tensor.shape) for name, tensor in self.tensors.items()}
 
     def order(self) -> list[tuple[str, Tensor]]:
         """As they stand in the file: wide types first, then every tensor starts at a multiple of its own width."""
