@@ -2,8 +2,8 @@
 
 A bare loop trains a UNet with AdamW and an average of its weights, and saves both ways, in turns: waiting for the disk,
 and in the background. Lost: how much longer the steps from the beginning to the end of a background save took, with the
-snapshot before them, than as many steps without a save; as a share of the time that a waiting save takes. One thread
-trains, so a second core is there for the writer.
+snapshot before them, than as many steps without a save, timed before and after it; as a share of the time that a
+waiting save takes. One thread trains, so a second core is there for the writer.
 
 "Neighbour": what training loses, as the same share, while another process that shares nothing with it hashes and writes
 those files. Cores share their memory, so on many machines this is not nothing; no way of saving can cost less.
@@ -64,24 +64,25 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
         key: [] for key in ("step", "waiting", "lost", "neighbour", "snapshot", "background")
     }
     for number in range(options.rounds + 1):
-        alone = timer(step, options.steps) / options.steps
         savers["waiting"].save(number, contents())
         [waiting] = savers["waiting"].outcomes()
-        savers["background"].join()
+        before = timer(step, options.steps)
         began, done = time.perf_counter(), 0
         savers["background"].save(number, contents())
         while not (outcomes := savers["background"].outcomes()):
             step()
             done += 1
-        lost = time.perf_counter() - began - done * alone
-        neighbour = beside(step, alone, next((folder / size / "waiting").iterdir()), folder / size / "neighbour")
+        beside_save = time.perf_counter() - began, done
+        between = timer(step, options.steps)
+        beside_other = beside(step, next((folder / size / "waiting").iterdir()), folder / size / "neighbour")
+        after = timer(step, options.steps)
         if number == 0:
             continue  # the first save takes its memory, and the disk's cache is cold
         seconds = {
-            "step": alone,
+            "step": between,
             "waiting": waiting.seconds,
-            "lost": lost,
-            "neighbour": neighbour,
+            "lost": longer(*beside_save, (before + between) / 2),
+            "neighbour": longer(*beside_other, (between + after) / 2),
             "snapshot": outcomes[0].held_s,
             "background": outcomes[0].seconds,
         }
@@ -99,8 +100,8 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     return {"size": size, "device": options.device, "bytes": written, **medians, **shares}
 
 
-def beside(step: Callable[[], None], alone: float, checkpoint: Path, target: Path) -> float:
-    """Seconds that training loses while another process hashes and writes a checkpoint's files."""
+def beside(step: Callable[[], None], checkpoint: Path, target: Path) -> tuple[float, int]:
+    """(seconds, steps) of training while another process hashes and writes a checkpoint's files."""
     target.mkdir(exist_ok=True)
     command = [sys.executable, "-c", NEIGHBOUR, str(checkpoint), str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -111,7 +112,12 @@ def beside(step: Callable[[], None], alone: float, checkpoint: Path, target: Pat
         while process.poll() is None:
             step()
             done += 1
-        return time.perf_counter() - began - done * alone
+        return time.perf_counter() - began, done
+
+
+def longer(seconds: float, steps: int, alone: float) -> float:
+    """Than these steps take without anything beside them, `alone` seconds each."""
+    return seconds - steps * alone
 
 
 NEIGHBOUR = """
@@ -172,10 +178,11 @@ def training(
 
 
 def timer(step: Callable[[], None], count: int) -> float:
+    """Seconds a step."""
     began = time.perf_counter()
     for _ in range(count):
         step()
-    return time.perf_counter() - began
+    return (time.perf_counter() - began) / count
 
 
 if __name__ == "__main__":

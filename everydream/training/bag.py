@@ -5,24 +5,20 @@ model/  optimizer.safetensors  ema.safetensors  state.json  data.json
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from everydream.data.fingerprint import Fingerprint
 from everydream.errors import CheckpointError
-from everydream.models.family import Family, read_facts
+from everydream.models.family import Family
 from everydream.models.files import CopyOf, FileContent, TensorFile
-from everydream.models.writing import single_file
 from everydream.optim.ema import EMA, NoEMA
 from everydream.training import optimizer_state
 from everydream.training.checkpoint import Skipped, find_latest
@@ -34,9 +30,11 @@ from everydream.training.tensorfile import Tensors, read_tensors
 MODEL, OPTIMIZER, EMA_FILE, STATE, DATA = "model", "optimizer.safetensors", "ema.safetensors", "state.json", "data.json"
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
 
-RUN_KEY = "everydream.run"  # in a single file's metadata
-
 Captured = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def no_exports(step: int) -> Exports:
+    return {}
 
 
 class Bag:
@@ -53,7 +51,7 @@ class Bag:
         ema: EMA | NoEMA,
         fingerprints: Mapping[str, Fingerprint],
         scaler: torch.amp.GradScaler | None = None,
-        exports: Callable[[int], Exports] = lambda step: {},
+        exports: Callable[[int], Exports] = no_exports,
     ) -> None:
         self.checkpoints, self.family, self.state = checkpoints, family, state
         self.optimizers, self.trained, self.ema, self.scaler = optimizers, trained, ema, scaler
@@ -127,36 +125,6 @@ def put(tensors: Mapping[str, Tensor], named: Mapping[str, Parameter]) -> None:
                 f"{name} is not in the checkpoint as this model has it; resume with the same settings"
             )
         parameter.copy_(tensors[name])
-
-
-def export(
-    checkpoint: Path, *, dtype: torch.dtype, title: str, recipe: str, run: str, averaged: bool = True
-) -> Content:
-    """A checkpoint as one file in the original layout, with the averaged weights where there are any and `averaged`."""
-    average = read_tensors(checkpoint / EMA_FILE) if averaged and (checkpoint / EMA_FILE).is_file() else {}
-    made = single_file(
-        read_facts(str(checkpoint / MODEL)),
-        dtype=dtype,
-        title=title,
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        metadata={"everydream.recipe": recipe, RUN_KEY: run},
-        replaced=average,
-    )
-    return as_content(made)
-
-
-def run_id(folder: Path) -> str:
-    """Of the run in this folder, without saying where it lies."""
-    return f"{folder.name}/{hashlib.blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()}"
-
-
-def exported_by(path: Path) -> str | None:
-    """The `run_id` of the run that made this file; None where it does not say."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(RUN_KEY)
-    except (OSError, SafetensorError):
-        return None
 
 
 def as_content(content: FileContent) -> Content:

@@ -30,10 +30,11 @@ from everydream.optim.schedules import base_lrs, lr_factor
 from everydream.optim.table import row_of
 from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
-from everydream.training.bag import Bag, export, exported_by, run_id
-from everydream.training.checkpoint import clean, folders, name_of, step_of
+from everydream.training.bag import Bag, no_exports
+from everydream.training.checkpoint import folders, step_of
 from everydream.training.clock import Due
 from everydream.training.console import Console
+from everydream.training.exports import SingleFiles
 from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
 from everydream.training.log import NullLog, RunLog, has_finished
 from everydream.training.plan_text import plan_sections, plan_text
@@ -44,7 +45,7 @@ from everydream.training.quiet import quiet_libraries
 from everydream.training.report import write_report
 from everydream.training.resuming import begin_run, what_differs
 from everydream.training.sampling import Parts
-from everydream.training.saver import Exports, Saver
+from everydream.training.saver import Saver
 from everydream.training.schedule import NoSchedule, Schedule
 from everydream.training.trainer import train
 from everydream.training.turns import Part, Trainer, forget_peak, memory_total
@@ -224,11 +225,9 @@ class Build:
         self.folder, self._held = begin_run(
             start, self._held, prepared.record, settings.logdir, settings.project_name, ranks
         )
+        self.single_files = self._single_files()
         if ranks.is_main:
-            with contextlib.suppress(OSError):  # what cannot be removed harms nobody
-                # Others may be writing into a folder that was given, so only what this run may have left there goes.
-                step = name_of(start.state.step) if settings.save_ckpt_dir else "step-"
-                clean(self.exports, name=f"{settings.project_name}-{step}")
+            self.single_files.clean(start.state.step)
         self._open_log()
 
     def _make_state(self) -> None:
@@ -253,7 +252,7 @@ class Build:
             ema=self.ema,
             fingerprints=prepared.fingerprints,
             scaler=prepared.accelerator.scaler,
-            exports=self._exports,
+            exports=self.single_files.of if self.settings.save_single_file else no_exports,
         )
         if start.checkpoint is not None:
             changed = self.settings.resume_changed
@@ -415,23 +414,18 @@ class Build:
             stop=lambda: self.stop.signum,
         )
 
-    def _exports(self, step: int) -> Exports:
-        """The single file that is made from a checkpoint, with its recipe inside."""
+    def _single_files(self) -> SingleFiles:
+        assert self.folder is not None
         settings = self.settings
-        if not settings.save_single_file:
-            return {}
-        assert self.folder is not None
-        target = self.exports / f"{settings.project_name}-{name_of(step)}.safetensors"
-        if target.exists() and exported_by(target) != run_id(self.folder):
-            target = self.exports / f"{self.folder.name}-{name_of(step)}.safetensors"
-        recipe = json.dumps(for_others(self.prepared.record), ensure_ascii=False)
-        return {target: partial(export, dtype=DTYPES[settings.save_dtype], title=target.stem, recipe=recipe,
-                                run=run_id(self.folder), averaged="exports" in settings.ema_use)}  # fmt: skip
-
-    @property
-    def exports(self) -> Path:
-        assert self.folder is not None
-        return self.settings.save_ckpt_dir or self.folder / "exports"
+        return SingleFiles(
+            self.folder,
+            settings.save_ckpt_dir or self.folder / "exports",
+            settings.project_name,
+            DTYPES[settings.save_dtype],
+            json.dumps(for_others(self.prepared.record), ensure_ascii=False),
+            averaged="exports" in settings.ema_use,
+            is_shared=settings.save_ckpt_dir is not None,
+        )
 
     # What a person reads
 
@@ -460,7 +454,7 @@ class Build:
         assert self.folder is not None
         grid = trainer.previews.before_after() if not signum else None
         newest = next(iter(folders(self.folder / "checkpoints")), None)
-        exports = [path for path in (self._exports(step_of(newest) or 0) if newest else ()) if path.is_file()]
+        exports = [path for path in (self.bag.exports(step_of(newest) or 0) if newest else ()) if path.is_file()]
         rows = {"checkpoint": newest, "single file": exports[0] if exports else None, "before and after": grid,
                 "report": self.folder / "report.html"}  # fmt: skip
         self.console.close()
