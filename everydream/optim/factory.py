@@ -96,16 +96,7 @@ def make(
     """
     row, cls = _load(name)
     chosen = {"betas": betas, "epsilon": epsilon, "weight_decay": weight_decay}
-    arguments = dict(row.fixed)
-    arguments["lr"] = lr or row.defaults["lr"]  # 0 is set afterwards: lion's and prodigy's constructors refuse it
-    for key, parameter in _taken(row, cls).items():
-        value: Any = row.defaults.get(key) if chosen[key] is None else chosen[key]
-        if value is not None:
-            arguments[parameter] = _betas(row, value) if key == "betas" else value
-    _check_args(row, cls, args or {}, reserved={"params", *arguments} - set(row.fixed))
-    arguments.update(args or {})
-    if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
-        arguments.setdefault("fused", fused_on(device))
+    arguments = _arguments(row, cls, lr, chosen, args or {}, device)
 
     def build(some: list[dict[str, Any]]) -> torch.optim.Optimizer:
         optimizer = cls(some, **arguments)
@@ -132,6 +123,28 @@ def make(
         if row.name == "lion":
             vars(twin)["update_fn"] = update_in_blocks
     return optimizer
+
+
+def _arguments(
+    row: Row,
+    cls: type,
+    lr: float | None,
+    chosen: Mapping[str, Any],
+    args: Mapping[str, Any],
+    device: str | torch.device,
+) -> dict[str, Any]:
+    """Of the constructor, by its own names: what was chosen, else the row's defaults, and `args` as they are."""
+    arguments = dict(row.fixed)
+    arguments["lr"] = lr or row.defaults["lr"]  # 0 is set afterwards: lion's and prodigy's constructors refuse it
+    for key, parameter in _taken(row, cls).items():
+        value = row.defaults.get(key) if chosen[key] is None else chosen[key]
+        if value is not None:
+            arguments[parameter] = _betas(row, value) if key == "betas" else value
+    _check_args(row, cls, args, reserved={"params", *arguments} - set(row.fixed))
+    arguments.update(args)
+    if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
+        arguments.setdefault("fused", fused_on(device))
+    return arguments
 
 
 def _make_contiguous(groups: Sequence[Group]) -> None:
