@@ -39,7 +39,7 @@ def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerato
 
     A process that hangs ends the job after `timeout_minutes`; one that dies ends it at once (its connections close).
 
-    Accelerate prepares the model and the optimizers only; accumulation and the data loader are ours, so its own
+    Accelerate prepares the model only; accumulation and the data loader are ours, so its own
     accumulation stays at 1 (its backward would divide once more).
     """
     refuse_lone_process(os.environ, parent_command_line())
@@ -56,7 +56,7 @@ def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerato
         gradient_accumulation_steps=1,
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=timeout_minutes)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
     launched = int(os.environ.get("WORLD_SIZE", "1"))

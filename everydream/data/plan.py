@@ -212,14 +212,3 @@ def _rates(
 def updates_in(plan: Plan, epochs: int, grad_accum: int, processes: int) -> int:
     """How many updates `max_epochs` gives; the stream's last rest is not trained."""
     return plan.micro_batches(epochs) // (grad_accum * processes)
-
-
-def end_of_epoch(plan: Plan, epoch: int, grad_accum: int, processes: int) -> int:
-    """The number of updates done at the first update border at or after the epoch's last micro-batch."""
-    return -(-plan.micro_batches(epoch + 1) // (grad_accum * processes))
-
-
-def share_of(update: int, grad_accum: int, processes: int, process: int) -> range:
-    """The stream's micro-batches that this process takes in this update."""
-    begin = (update * processes + process) * grad_accum
-    return range(begin, begin + grad_accum)

@@ -180,13 +180,6 @@ class StableDiffusion:
         """
         return folder_files(self.facts, self.scheduler_config, {p: self._content(p, snapshot) for p in self._readers})
 
-    def pipeline(self, scheduler: Any = None) -> Any:
-        """A diffusers pipeline on this model's own weights, for previews. Dropped parts are read again for it."""
-        from everydream.models.pipeline import stable_diffusion_pipeline
-
-        modules = {part: self.part(part) for part in ("unet", "text_encoder", "vae")}
-        return stable_diffusion_pipeline(self.facts, modules, scheduler or self.scheduler_config)
-
     def part(self, name: str) -> Any:
         """The unet, text_encoder or vae. One that is not held is read from its file, and not kept: it is frozen."""
         module = self.vae if name == "vae" else getattr(self.denoiser, name)

@@ -124,23 +124,21 @@ class Transformer(nn.Module):
         self.proj_out = nn.Linear(width, width) if self.is_linear else nn.Conv2d(width, width, 1)
 
     def forward(self, x_BCHW: Tensor, text_BLD: Tensor) -> Tensor:
-        height, width = x_BCHW.shape[-2:]
         h = self.norm(x_BCHW)
         h = self.proj_in(_rows(h)) if self.is_linear else _rows(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, text_BLD)
-        h = _picture(self.proj_out(h), height, width) if self.is_linear else self.proj_out(_picture(h, height, width))
-        return h + x_BCHW
+        return (_picture(self.proj_out(h), x_BCHW) if self.is_linear else self.proj_out(_picture(h, x_BCHW))) + x_BCHW
 
 
 def _rows(x_BCHW: Tensor) -> Tensor:
     return x_BCHW.flatten(2).transpose(1, 2)
 
 
-def _picture(x_BLC: Tensor, height: int, width: int) -> Tensor:
-    """A view, channels last, which is how a card wants it; a CPU has its convolutions in the other layout."""
-    x_BCHW = x_BLC.transpose(1, 2).unflatten(2, (height, width))
-    return x_BCHW.contiguous() if x_BCHW.device.type == "cpu" else x_BCHW
+def _picture(x_BLC: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Of the same size as another picture, and laid out in memory as that one is: rows are channels last already."""
+    x_BCHW = x_BLC.transpose(1, 2).unflatten(2, like_BCHW.shape[2:])
+    return x_BCHW if like_BCHW.is_contiguous(memory_format=torch.channels_last) else x_BCHW.contiguous()
 
 
 def call(layer: nn.Module, *inputs: Tensor) -> Tensor:

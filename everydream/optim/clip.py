@@ -17,9 +17,8 @@ Parts = Mapping[str, Sequence[torch.nn.Parameter]]
 
 def grad_holders(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     """The parameters whose `.grad` hold all of the optimizer's gradients: its own, or its few flat buffers."""
-    bare = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
-    flat = getattr(bare, "flat", None)
-    return flat.handles if flat else [p for group in bare.param_groups for p in group["params"]]
+    flat = getattr(optimizer, "flat", None)
+    return flat.handles if flat else [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def gradients(parameters: Iterable[torch.nn.Parameter]) -> list[torch.Tensor]:
@@ -55,8 +54,3 @@ def scale_gradients(parts: Parts, factor: float | torch.Tensor) -> None:
     for parameters in parts.values():
         if grads := gradients(parameters):
             torch._foreach_mul_(grads, factor)
-
-
-def clip_factor(norms: torch.Tensor, largest: float) -> torch.Tensor:
-    """min(1, largest / norm over all parts), on the device; the norm of torch's own clipping but for its 1e-6."""
-    return torch.clamp(largest / torch.linalg.vector_norm(norms), max=1.0)

@@ -1,4 +1,4 @@
-"""Several optimizers that look like one: to Accelerate's `prepare`, to schedules and to checkpoints."""
+"""Several optimizers that look like one: to the loop, to schedules and to checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Composite(torch.optim.Optimizer):
             start += len(part.param_groups)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called by load_state_dict (and so by Accelerate's `prepare`) with new groups and a new state."""
+        """Called by load_state_dict with new groups and a new state."""
         super().__setstate__(state)
         self._share()
 

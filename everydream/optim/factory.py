@@ -48,6 +48,7 @@ def check(
         optimizer = make(name, [dummy], lr=lr, args=args, device=place, **given)
         does = "cannot make a step with its settings"
         optimizer.step()
+        _refuse_hidden_state(name, optimizer)
     except ConfigError:
         raise
     except Exception as error:  # a class of anybody's may raise anything
@@ -60,6 +61,18 @@ def check(
         if value is not None and key not in _taken(row, cls)
     ]
     return notes + ([f"{name}: {row.on_cpu}"] if row.on_cpu and torch.device(device).type == "cpu" else [])
+
+
+def _refuse_hidden_state(name: str, optimizer: torch.optim.Optimizer) -> None:
+    """A checkpoint has what belongs to parameters; anything else would be gone after a resume, without a word."""
+    inner = [key for key, value in vars(optimizer).items() if isinstance(value, torch.optim.Optimizer)]
+    if inner:
+        raise ConfigError(
+            f"optimizer {name!r} keeps another optimizer inside ({inner[0]}), whose state no checkpoint would have. "
+            "Use that one's class by itself"
+        )
+    if not all(isinstance(key, torch.Tensor) for key in optimizer.state):
+        raise ConfigError(f"optimizer {name!r} keeps state that belongs to no parameter: no checkpoint would have it")
 
 
 def _is_here(device: str) -> bool:
@@ -110,7 +123,7 @@ def make(
         set_mode(optimizer, training=True)
         return optimizer
 
-    if row.package == "bitsandbytes":
+    if makes_contiguous(name):
         _make_contiguous(groups)
     optimizer = build(param_groups(groups))
     if rounding_seed is not None:
@@ -145,6 +158,12 @@ def _arguments(
     if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
         arguments.setdefault("fused", fused_on(device))
     return arguments
+
+
+def makes_contiguous(name: str) -> bool:
+    """Whether an optimizer's step lays each weight out row by row: channels_last would be undone, and cost copies."""
+    row = row_of(name)
+    return row is not None and row.package == "bitsandbytes"
 
 
 def _make_contiguous(groups: Sequence[Group]) -> None:
@@ -196,14 +215,6 @@ def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
     switch = getattr(optimizer, "train" if training else "eval", None)
     if switch is not None:
         switch()
-
-
-def skip_where(optimizer: torch.optim.Optimizer, found_inf: torch.Tensor | None) -> None:
-    """Let the coming steps read on the device whether to be made: float32, 1 leaves weights and state as they are.
-
-    So the host may look a step later. For rows with `can_skip_on_device`; None ends it.
-    """
-    vars(getattr(optimizer, "optimizer", optimizer))["found_inf"] = found_inf
 
 
 def fused_on(device: str | torch.device) -> bool:

@@ -112,9 +112,6 @@ class Flat:
 
     def _step_twin(self) -> None:
         follow(self.twin, self.optimizer)
-        for name in ("grad_scale", "found_inf"):  # what a GradScaler leaves with an optimizer for its kernel
-            if hasattr(self.optimizer, name):
-                setattr(self.twin, name, getattr(self.optimizer, name))
         self.twin.step()
 
     # State: the twin's is the truth, the optimizer's are views of it

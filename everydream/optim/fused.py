@@ -51,7 +51,7 @@ class FusedBackward:
         parameters: Mapping[str, Sequence[torch.nn.Parameter]],
     ) -> None:
         device = next(p for members in parameters.values() for p in members).device
-        self.optimizers = {part: getattr(o, "optimizer", o) for part, o in optimizers.items()}
+        self.optimizers = dict(optimizers)
         self.squares = {part: torch.zeros((), dtype=torch.float64, device=device) for part in parameters}
         steps = {part: step_only(optimizer) for part, optimizer in self.optimizers.items()}
         self._handles = [

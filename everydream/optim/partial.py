@@ -14,7 +14,6 @@ def step_only(optimizer: torch.optim.Optimizer) -> StepOnly:
 
     For optimizers whose update of a parameter looks at that parameter alone (Row.may_fuse).
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's wrapper
     assert not hasattr(optimizer, "flat"), "one buffer for a whole group cannot be updated in part"
     if stepper := getattr(optimizer, "stepper", None):  # rounding.py's
         return stepper.step_only

@@ -38,7 +38,6 @@ class Row:
     state_bits: int = 32  # of each moment, for tensors of at least 4,096 elements
     moments: float | None = 2  # numbers of state a weight, about (memory.py counts exactly); None: not known
     fused_flag: bool = False  # takes fused=True: one kernel for all tensors
-    can_skip_on_device: bool = False  # looks at `found_inf` itself, so that the host need not wait for it
     elementwise: bool = False  # each weight is updated from its own gradient and state alone: may be laid flat
     has_train_eval: bool = False  # optimizer.eval() before saving, previews and validation, optimizer.train() after
     on_cpu: str = ""
@@ -46,14 +45,6 @@ class Row:
     cannot_schedule: str = ""  # other than constant (with or without warm-up)
     cannot_fuse: str = ""  # fused_backward
     cannot_round: str = ""  # weights_dtype bfloat16 with stochastic rounding
-
-    @property
-    def may_clip(self) -> bool:
-        return not self.cannot_clip
-
-    @property
-    def may_schedule(self) -> bool:
-        return not self.cannot_schedule
 
     @property
     def may_fuse(self) -> bool:
@@ -70,7 +61,7 @@ _PAGED = "paging needs CUDA: on a CPU it is {}, and slow"
 
 _ROWS = (
     Row("adamw", "torch.optim.AdamW", "the reference: exact, fast, 8 bytes of state a weight", defaults=_ADAM,
-        fused_flag=True, can_skip_on_device=True, elementwise=True),
+        fused_flag=True, elementwise=True),
     Row("adamw8bit", "bitsandbytes.optim.AdamW8bit", "AdamW with its state in 8 bits: the default on a GPU",
         defaults=_ADAM, package="bitsandbytes", state_bits=8,
         on_cpu="on a CPU a step takes some 25 times as long as adamw's"),
@@ -99,7 +90,7 @@ _ROWS = (
         fixed={"adjust_lr_fn": "match_rms_adamw"}),
     Row("sgd", "torch.optim.SGD", "plain gradient descent; no state without `args.momentum`",
         hyperparameters=("weight_decay",), defaults={"lr": 1e-3, "weight_decay": 0.0}, moments=0,
-        fused_flag=True, can_skip_on_device=True, elementwise=True),
+        fused_flag=True, elementwise=True),
     Row("prodigy", "prodigyopt.Prodigy", "AdamW that finds its own lr; leave lr at 1",
         defaults={"lr": 1.0, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
         package="prodigyopt", extra="prodigy", moments=4,

@@ -199,7 +199,7 @@ class Build:
             gradient_checkpointing=settings.gradient_checkpointing,
             attn_type=settings.attn_type,
             compile=settings.compile,
-            channels_last=ranks.device.type == "cuda",
+            channels_last=ranks.device.type == "cuda" and not self._lays_weights_itself(),
             one_backward=prepared.per_update == 1 and not prepared.has_class,
         )
         # 7. Class pictures, made with the base model before it changes.
@@ -209,6 +209,10 @@ class Build:
             samples = prepared.class_pictures()
             prepared.compare("class", samples, prepared.start.state.next_class_epoch)
             self.sets["class"] = prepared.picture_set("class", samples)
+
+    def _lays_weights_itself(self) -> bool:
+        chosen = self.prepared.resolved.optimizers.get("unet")
+        return "unet" in self.prepared.parts and factory.makes_contiguous(chosen.optimizer)
 
     def trainer(self) -> Trainer:
         self.load()

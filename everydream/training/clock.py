@@ -23,11 +23,8 @@ class Clock:
     per_update: int
     total_steps: int
 
-    def epochs_trained(self, step: int) -> float:
-        """At this update border; 1.5: half of the second epoch's micro-batches are done. Whole where an epoch ends."""
-        return float(self._trained(step))
-
     def _trained(self, step: int) -> Fraction:
+        """Epochs at this update border; 3/2: half of the second one's micro-batches are done. Whole where one ends."""
         done = step * self.per_update
         if done <= self.plan.start[0]:
             return Fraction(self.plan.start[1])

@@ -33,9 +33,7 @@ def capture(
     Both arguments by part. Raises ConfigError if an optimizer keeps something that only pickle could store.
     """
     encoder = Encoder()
-    saved = {
-        part: _capture_part(part, _bare(optimizer), named[part], encoder) for part, optimizer in optimizers.items()
-    }
+    saved = {part: _capture_part(part, optimizer, named[part], encoder) for part, optimizer in optimizers.items()}
     return encoder.tensors, saved
 
 
@@ -86,7 +84,7 @@ def restore(
     decoder = Decoder(tensors)
     for part, optimizer in optimizers.items():
         if part in saved:
-            notes += _restore_part(part, _bare(optimizer), named[part], saved[part], decoder, changed)
+            notes += _restore_part(part, optimizer, named[part], saved[part], decoder, changed)
     return notes
 
 
@@ -195,11 +193,6 @@ def _not_restored(part: str, optimizer: Optimizer, names: Mapping[int, str], sav
 
 
 # Optimizers
-
-
-def _bare(optimizer: Optimizer) -> Optimizer:
-    """Accelerate wraps optimizers; the state is the inner one's."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _leaves(optimizer: Optimizer) -> list[Optimizer]:

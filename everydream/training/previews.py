@@ -43,9 +43,9 @@ class NoPreviews:
 
 
 class Previews(NoPreviews):
-    """`parts()`: the model as it is now; let go after each use. `prompts_file` is read anew each time. `evaluating()`:
-    EMA's weights in, and back. `stop()`: the signal to stop for, or 0. All processes must call; rank 0 writes
-    `samples/step-….png` in `folder`. The training's randomness is untouched.
+    """`parts()`: the model as it is now; let go after each use. `prompts_file` is read anew each time. `stop()`: the
+    signal to stop for, or 0. All processes must call; rank 0 writes `samples/step-….png` in `folder`. The training's
+    randomness is untouched.
     """
 
     def __init__(
@@ -60,19 +60,18 @@ class Previews(NoPreviews):
         captions: Sequence[str] = (),
         batch_size: int = BATCH_SIZE,
         autocast: sampling.Autocast = contextlib.nullcontext,
-        evaluating: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         stop: Callable[[], int] = lambda: 0,
     ) -> None:
         self.prompts_file, self.folder, self.parts = prompts_file, folder, parts
         self.log, self.ranks, self.defaults, self.captions = log, ranks, defaults, captions
         self._told: set[str] = set()
-        self.batch_size, self.autocast, self.evaluating, self.stop = batch_size, autocast, evaluating, stop
+        self.batch_size, self.autocast, self.stop = batch_size, autocast, stop
 
     def __call__(self, step: int) -> list[Path]:
         """The grid's path, on rank 0; nothing where there is none: a broken prompts file, a signal, no memory."""
         try:
             pictures = on_main(self.ranks, lambda: prompts.read(self.prompts_file, self.defaults, self.captions))
-            with untouched_randomness(), self.evaluating(), no_compiled_code():
+            with untouched_randomness(), no_compiled_code():
                 made = self._make(pictures)
         except ConfigError as error:
             self._warn(str(error), "Mend the file: it is read again for the next preview. Training goes on.")

@@ -232,15 +232,20 @@ class Trainer:
         """A non-finite loss or gradient never reaches the weights. Raises DivergedError after too many."""
         state, names = self.state, self.update.suspects()
         state.skipped_steps.append(state.step)
-        self.update.lower_loss_scale()
         kind = "gradient" if all(map(math.isfinite, (verdict.loss_sum, verdict.prior_sum))) else "loss"
-        self.log.event(
-            "skipped",
-            f"step {state.step}: the {kind} is not finite, so this update was left out. Pictures: {', '.join(names)}",
-            level="warning",
-            todo="Look at these pictures and captions. If it happens with others too, lower lr or set clip_grad_norm.",
-            samples=names,
-        )
+        left_out = f"step {state.step}: the {kind} is not finite, so this update was left out"
+        if kind == "gradient" and self.update.may_lower_loss_scale:  # how float16's scale is found; no picture's fault
+            self.log.event("skipped", f"{left_out}, and float16's loss scale lowered", show=False, samples=names)
+        else:
+            self.log.event(
+                "skipped",
+                f"{left_out}. Pictures: {', '.join(names)}",
+                level="warning",
+                todo="Look at these pictures and captions. If it happens with others too, lower lr or set "
+                "clip_grad_norm.",
+                samples=names,
+            )
+        self.update.lower_loss_scale()
         too_many = self._skips_in_a_row() >= SKIPS_BEFORE_ROLL_BACK and not self.update.may_lower_loss_scale
         if too_many or self.update.has_torn(verdict):
             self._roll_back()

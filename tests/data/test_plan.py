@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everydream.data.captions import parse_value
-from everydream.data.plan import Draw, Plan, end_of_epoch, share_of, updates_in
+from everydream.data.plan import Draw, Plan, updates_in
 from everydream.data.problems import Unfit
 from everydream.errors import DataError
+from everydream.training.feed import Stream
 
 SIZES = [(64, 64), (128, 64), (64, 128), (192, 64)]
 MULTIPLIES = [0.0, 0.1, 0.25, 1 / 3, 0.5, 1.0, 1.0, 1.0, 1.5, 2.0, 3.7]
@@ -116,12 +117,10 @@ def test_processes_share_one_stream(plan: Plan, grad_accum: int, processes: int,
         index
         for update in range(updates)
         for process in range(processes)
-        for index in share_of(update, grad_accum, processes, process)
+        for index in Stream(("subject",), grad_accum, process, processes).indices(update)
     ]
     assert taken == list(range(updates * grad_accum * processes))
     assert plan.micro_batches(epochs) - len(taken) < grad_accum * processes
-    border = end_of_epoch(plan, epochs - 1, grad_accum, processes) * grad_accum * processes
-    assert plan.micro_batches(epochs) <= border < plan.micro_batches(epochs) + grad_accum * processes
 
 
 @settings(max_examples=40, deadline=None)
@@ -146,7 +145,8 @@ def make_again(plan: Plan) -> Plan:
 def test_five_epochs_take_each_picture_five_times_less_the_rests(batch_size, grad_accum, processes) -> None:
     plan = make([7, 5, 1], batch_size)
     updates = updates_in(plan, 5, grad_accum, processes)
-    indices = [i for u in range(updates) for r in range(processes) for i in share_of(u, grad_accum, processes, r)]
+    shares = [Stream(("subject",), grad_accum, rank, processes) for rank in range(processes)]
+    indices = [index for update in range(updates) for share in shares for index in share.indices(update)]
     draws = [draw for index in indices for draw in plan.micro_batch(index)]
     assert len(set(draws)) == len(draws)  # none twice in one epoch
     assert set(Counter(draw.sample for draw in draws).values()) <= {3, 4, 5}

@@ -18,6 +18,7 @@ from everydream.models.family import Facts, load, read_facts
 from everydream.models.layers import ATTENTION, GroupNorm, LayerNorm
 from everydream.models.tensors import PartReader
 from everydream.models.unet import UNet
+from tests.models.pipeline import pipeline_of
 from tests.tiny import make_tiny_model
 
 with warnings.catch_warnings():  # their imports warn about each other
@@ -201,7 +202,7 @@ def test_another_network_is_refused_by_name(facts: Facts, part: str, change: dic
 @pytest.mark.filterwarnings("ignore")  # diffusers and transformers deprecate their own defaults
 def test_pipeline_shares_the_weights_and_makes_the_published_folders_pictures(facts: Facts) -> None:
     family = load(facts)
-    pipeline = family.pipeline()
+    pipeline = pipeline_of(family)
     trained = [p.requires_grad for p in family.denoiser.parameters()]
     assert all(trained) and len(trained) > 100
     theirs = {id(p) for part in (pipeline.unet, pipeline.text_encoder) for p in part.parameters()}

@@ -12,6 +12,8 @@ import torch
 
 from everydream.errors import ConfigError
 from everydream.optim import factory, table
+from everydream.optim.groups import Group
+from everydream.optim.table import ROWS
 from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
 
 
@@ -168,3 +170,35 @@ def test_schedule_free_comes_in_training_mode_and_switches() -> None:
     factory.set_mode(optimizer, training=True)
     assert optimizer.param_groups[0]["train_mode"] is True
     factory.set_mode(optimizer_of(net, "adamw"), training=False)  # no effect, no error
+
+
+class Lookahead(torch.optim.AdamW):
+    """Zhang et al. 2019: an optimizer with another one inside."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, lr=lr)
+        self.optimizer = torch.optim.AdamW(self.param_groups, lr=lr)
+
+
+class Counting(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        self.state["calls"] = self.state.get("calls", 0) + 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("cls, why", [(Lookahead, "another optimizer inside"), (Counting, "belongs to no parameter")])
+def test_what_a_checkpoint_would_not_have_is_refused(cls: type, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        factory.check(f"{__name__}.{cls.__name__}", {})
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_that_undo_channels_last_say_so(name: str) -> None:
+    """So that the weights of the others alone are laid out so."""
+    conv = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = factory.make(name, [Group("unet", "all", ("weight", "bias"), (conv.weight, conv.bias))])
+    for p in conv.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    kept = conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert kept != factory.makes_contiguous(name)

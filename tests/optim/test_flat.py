@@ -127,17 +127,6 @@ def test_parameters_of_different_age_go_on_the_plain_way() -> None:
     assert_same_state(a, b)
 
 
-@devices
-def test_a_step_can_be_skipped_on_the_device(device: str) -> None:
-    net, optimizer = pair("adamw", device, flat=True)
-    train(net, optimizer, 2, data(device=device))
-    before = weights(net)
-    factory.skip_where(optimizer, torch.ones((), device=device))
-    train(net, optimizer, 1, data(device=device))
-    assert_same(weights(net), before)
-    assert all(state["step"] == 2 for state in optimizer.state.values())
-
-
 def test_norm_and_clipping_go_over_few_tensors_a_group() -> None:
     (plain, a), (flat, b) = pair("adamw"), pair("adamw", flat=True)
     norms = []
@@ -185,17 +174,6 @@ def test_weights_are_views_of_one_buffer_and_stay_so() -> None:
         assert p.data_ptr() % 64 == 0
         assert p.grad is not None
         assert p.grad.untyped_storage().data_ptr() == handle.grad.untyped_storage().data_ptr()  # type: ignore[union-attr]
-
-
-def test_accelerate_can_wrap_it() -> None:
-    from accelerate import Accelerator
-
-    (plain, a), (flat, b) = pair("adamw"), pair("adamw", flat=True)
-    wrapped = Accelerator(cpu=True).prepare(b)
-    train(plain, a, 3, data())
-    train(flat, wrapped, 3, data())
-    assert_same(weights(flat), weights(plain))
-    assert len(grad_holders(wrapped)) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in ROWS if name not in LYING])

@@ -9,7 +9,6 @@ import lion_pytorch
 import pytest
 import torch
 
-from everydream.optim import factory
 from everydream.optim.table import ROWS
 from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
 
@@ -56,30 +55,3 @@ def test_documented_defaults(name: str) -> None:
         "lion": {"lr": 1e-7, "betas": (0.9, 0.99), "weight_decay": 0.0},
     }
     assert dict(ROWS[name].defaults) == documented[name]
-
-
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-@devices
-def test_a_step_can_be_skipped_on_the_device(name: str, device: str) -> None:
-    """What `can_skip_on_device` promises: found_inf of 1 leaves weights and state as they were."""
-    assert ROWS[name].can_skip_on_device
-    net = Net().to(device)
-    optimizer = optimizer_of(net, name, lr=1e-2)
-    train(net, optimizer, 2, data(device=device))
-    before, step = weights(net), [state.get("step", torch.zeros(())).clone() for state in optimizer.state.values()]
-    factory.skip_where(optimizer, torch.ones((), device=device))
-    for p in net.parameters():
-        p.grad = torch.full_like(p, float("nan"))
-    optimizer.step()
-    assert_same(weights(net), before)
-    assert [state.get("step", torch.zeros(())) for state in optimizer.state.values()] == step
-    factory.skip_where(optimizer, torch.zeros((), device=device))
-    for p in net.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    assert all(not torch.equal(before[key], moved) for key, moved in weights(net).items())
-    assert all(torch.isfinite(p).all() for p in net.parameters())
-
-
-def test_only_rows_whose_class_looks_at_found_inf_say_so() -> None:
-    assert {name for name, row in ROWS.items() if row.can_skip_on_device} == {"adamw", "sgd"}

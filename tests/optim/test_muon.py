@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
 
 from everydream.optim.composite import Composite
 from everydream.optim.groups import takes_muon
@@ -61,14 +60,3 @@ def test_state_and_groups_are_the_parts_own_also_after_loading() -> None:
     before = weights(net)
     train(net, optimizer, 1, data())
     assert_same(weights(net), before)  # lr 0: also weight decay is multiplied by it
-
-
-def test_accelerate_can_wrap_it() -> None:
-    from accelerate import Accelerator
-
-    net, plain = Net(), Net()
-    wrapped = Accelerator(cpu=True).prepare(optimizer_of(net, "muon", lr=1e-3))
-    assert isinstance(wrapped, AcceleratedOptimizer)
-    train(net, wrapped, 3, data())
-    train(plain, optimizer_of(plain, "muon", lr=1e-3), 3, data())
-    assert_same(weights(net), weights(plain))

@@ -260,20 +260,6 @@ def test_a_part_that_was_not_trained_is_said() -> None:
     assert notes == ["unet was not trained before: its optimizer starts afresh"]
 
 
-def test_accelerates_wrapper_is_seen_through(tmp_path: Path) -> None:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    old = saved_by(tmp_path, "adamw")
-    net = net_of(torch.float32)
-    inner = row("adamw")(net)
-    wrapped = Accelerator(cpu=True).prepare(inner)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    assert wrapped is not inner
-    assert load(tmp_path, net, wrapped) == []
-    assert len(inner.state) == len(list(old.parameters()))
-
-
 def test_what_only_pickle_could_store_is_refused(tmp_path: Path) -> None:
     net = net_of(torch.float32)
     optimizer = row("adamw")(net)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from everydream.training.log import RunLog, grid_files
 from everydream.training.previews import NoPreviews, Previews, guidance_columns, untouched_randomness
 from everydream.training.prompts import SCHEDULERS, Picture, Sampling, pictures
 from everydream.training.sampling import Parts, batches, sample
+from tests.models.pipeline import pipeline_of
 from tests.training.processes import on_processes
 
 DEFAULTS = Sampling(seed=3, width=64, height=64, guidance=(4.0,), steps=3, size_step=8)
@@ -34,7 +34,7 @@ def family(tiny_model: Path) -> Family:
 
 @pytest.fixture(scope="module")
 def pipeline(family: Family) -> Any:
-    made = family.pipeline()
+    made = pipeline_of(family)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -205,23 +205,6 @@ def test_randomness_is_restored_after_a_failure_too() -> None:
         torch.rand(3)
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_average_is_in_while_pictures_are_made(tmp_path: Path, family: Family) -> None:
-    entered: list[str] = []
-
-    @contextlib.contextmanager
-    def evaluating() -> Iterator[None]:
-        entered.append("in")
-        yield
-        entered.append("out")
-
-    def parts() -> Parts:
-        assert entered == ["in"]
-        return Parts.of(family)
-
-    assert Run(tmp_path, family, parts=parts, evaluating=evaluating)(0)
-    assert entered == ["in", "out"]
 
 
 def test_the_prompts_file_is_read_anew_each_time(tmp_path: Path, family: Family) -> None:

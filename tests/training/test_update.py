@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ import torch
 from everydream.training.profile import NoProfile
 from everydream.training.update import Update
 from tests.tiny import make_pictures
-from tests.training.runs import lines, only_run, options, start
+from tests.training.runs import assert_same_tensors, lines, only_run, options, start, tensors
 
 if TYPE_CHECKING:
     from everydream.training.turns import Trainer
@@ -63,3 +64,32 @@ def test_no_gradient_outlives_its_update_made_or_left_out(optimizer: str, tiny_m
     assert [event["nonzero"] for event in left] == [0, 0, 0]
     if optimizer == "adamw8bit":  # adamw's lie in a flat buffer, which stays
         assert [event["kept"] for event in left] == [0, 0, 0]
+
+
+class LossScale:
+    """What fp16 brings along on a card, on a CPU."""
+
+    def after_build(self, trainer: Trainer) -> None:
+        trainer.update.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+
+def test_the_search_for_a_loss_scale_blames_no_picture(tiny_model: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures", 4, captions="a thing")
+    (tmp_path / "optimizer.json").write_text('{"optimizer": "adamw"}')
+    here = "tests.training.test_update"
+    plugins = {"plain": ["Spoiler"], "scaled": ["Spoiler", "LossScale"]}
+    for name, chosen in plugins.items():
+        (tmp_path / name).mkdir()
+        words = options(tiny_model, tmp_path / "pictures", tmp_path / name, max_steps=3,
+                        optimizer_config=tmp_path / "optimizer.json",
+                        plugins=json.dumps([f"{here}.{one}" for one in chosen]))  # fmt: skip
+        assert start(*words) == 0
+    skipped = [lines(only_run(tmp_path / name) / "events.jsonl") for name in plugins]
+    plain, scaled = ([event for event in events if event["kind"] == "skipped"] for events in skipped)
+    assert [(event["step"], event["level"], event["samples"]) for event in plain] == [
+        (2, "warning", scaled[0]["samples"])
+    ]
+    assert [(event["step"], event["level"]) for event in scaled] == [(2, "info")]
+    assert "Pictures" in plain[0]["message"] and "loss scale lowered" in scaled[0]["message"]
+    weights = [tensors(only_run(tmp_path / name) / "checkpoints" / "step-0000000003") for name in plugins]
+    assert_same_tensors(*weights)  # a scale that is a power of two changes no digit

@@ -1,23 +1,18 @@
-"""A diffusers pipeline on the weights that are being trained: the same parameters, none copied. For previews alone."""
+"""diffusers' pipeline on the very parameters that are trained: what ours is compared with."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from everydream.models.family import Facts
+from everydream.models.family import Facts, Family
 
 
-def stable_diffusion_pipeline(facts: Facts, modules: Mapping[str, nn.Module], scheduler: Any) -> Any:
-    """modules: unet, text_encoder, vae, ours. scheduler: a diffusers scheduler, or the config of one.
-
-    Training goes on with the very parameters that the pipeline has: use it under no_grad, change nothing in it.
-    """
+def pipeline_of(family: Family) -> Any:
     from diffusers import schedulers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -25,8 +20,8 @@ def stable_diffusion_pipeline(facts: Facts, modules: Mapping[str, nn.Module], sc
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel
 
-    if isinstance(scheduler, Mapping):
-        scheduler = getattr(schedulers, scheduler["_class_name"]).from_config(scheduler)
+    facts, config = family.facts, family.scheduler_config
+    modules: dict[str, nn.Module] = {part: family.part(part) for part in ("unet", "text_encoder", "vae")}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(facts.configs["unet"])
         vae = AutoencoderKL.from_config(facts.configs["vae"])
@@ -41,7 +36,7 @@ def stable_diffusion_pipeline(facts: Facts, modules: Mapping[str, nn.Module], sc
         text_encoder=text_encoder,
         tokenizer=_tokenizer(facts),
         unet=_share(modules["unet"], unet),
-        scheduler=scheduler,
+        scheduler=getattr(schedulers, config["_class_name"]).from_config(config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
