@@ -137,7 +137,8 @@ def is_lost_process(error: Exception) -> bool:
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; the loop asks, all ranks agree, the run saves and exits 128+n.
+    """Remembers the first SIGINT, SIGTERM or SIGHUP (a terminal was closed); the loop asks, all ranks agree, the run
+    saves and exits 128+n.
 
     A second Ctrl-C stops at once, without saving, and says so: `last_words`, which a run's log replaces.
     """
@@ -156,6 +157,8 @@ class StopRequest:
         self._pid = os.getpid()
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum == signal.SIGINT:

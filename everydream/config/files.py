@@ -19,6 +19,7 @@ from everydream.config.legacy import (
     RETIRED,
     RETIRED_FREEZING,
     RETIRED_OPTIMIZER,
+    RETIRED_VALIDATION,
     VALIDATION_ALIASES,
     VALIDATION_COMMENTS,
     Alias,
@@ -188,7 +189,14 @@ def optimizer_source(file: File) -> OptimizerSource:
 
 
 def validation_source(file: File) -> Source:
-    found = file.members(ValidationSettings, aliases=VALIDATION_ALIASES, comments=VALIDATION_COMMENTS)
+    found = file.members(
+        ValidationSettings, aliases=VALIDATION_ALIASES, retired=RETIRED_VALIDATION, comments=VALIDATION_COMMENTS
+    )
+    if file.at(()).get("validate_training") is False:  # a note would leave validation on
+        todo = "leave validation_config out, or set val_split_mode none and stabilize_training_loss false"
+        file.report.problem(
+            file.place(("validate_training",)), f"validate_training false turned validation off: {todo}"
+        )
     return file.source(ValidationSettings, found)
 
 

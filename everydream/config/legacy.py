@@ -44,6 +44,7 @@ RETIRED = {
     "amp": Retired("mixed_precision says which precision (no, fp16, bf16)"),
     "disable_amp": Retired("mixed_precision no has this effect"),
     "disable_xformers": Retired("attn_type says which attention; sdp needs no package"),
+    "ed1_mode": Retired("Stable Diffusion 1 and 2 are told apart by the model's own files"),
     "ema_resume_model": Retired("resume restores the average of the weights with everything else"),
     "ema_sample_ema_model": Retired("ema_use says whether previews show the average of the weights"),
     "ema_sample_nonema_model": Retired("ema_use says whether previews show the average of the weights"),
@@ -56,6 +57,7 @@ RETIRED = {
     "notebook": Retired("progress is shown as suits the terminal"),
     "rated_dataset": Retired("weigh pictures with multiply.txt in their folder"),
     "rated_dataset_target_dropout_percent": Retired("weigh pictures with multiply.txt in their folder"),
+    "rated_dataset_target_dropout_rate": Retired("weigh pictures with multiply.txt in their folder"),
     "save_ckpts_from_n_epochs": Retired(
         "save_every_n_epochs counts from the start; keep_last limits how many are kept"
     ),
@@ -79,7 +81,13 @@ RETIRED_FREEZING = {
 MEANS_NULL = {"lr_decay_steps": 0}
 
 # Of EveryDream2's validation file
-VALIDATION_ALIASES = {"val_data_root": Alias("manual_data_root")}
+VALIDATION_ALIASES = {
+    "val_data_root": Alias("manual_data_root"),
+    "val_split_proportion": Alias("auto_split_proportion"),
+}
+RETIRED_VALIDATION = {
+    "validate_training": Retired('val_split_mode says what is held out ("none" for nothing), every_n_epochs how often'),
+}
 VALIDATION_COMMENTS = ("documentation",)
 
 

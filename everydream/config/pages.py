@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from everydream.config.kinds import kinds
-from everydream.config.legacy import ALIASES, RETIRED, RETIRED_FREEZING, RETIRED_OPTIMIZER, VALIDATION_ALIASES
+from everydream.config.legacy import (
+    ALIASES,
+    RETIRED,
+    RETIRED_FREEZING,
+    RETIRED_OPTIMIZER,
+    RETIRED_VALIDATION,
+    VALIDATION_ALIASES,
+)
 from everydream.config.schema import (
     SECTIONS,
     OptimizerFile,
@@ -169,6 +176,9 @@ def everydream2_page() -> str:
     further = {**RETIRED_OPTIMIZER, **RETIRED_FREEZING}
     rows += [f"| `{key}` (optimizer.json) | {_cell('retired: ' + old.instead)} |" for key, old in further.items()]
     rows += [f"| `{key}` (validation file) | `{alias.key}` |" for key, alias in VALIDATION_ALIASES.items()]
+    rows += [
+        f"| `{key}` (validation file) | {_cell('retired: ' + old.instead)} |" for key, old in RETIRED_VALIDATION.items()
+    ]
     return NOTE + "\n\n" + EVERYDREAM2_INTRODUCTION + "\n".join(rows) + "\n"
 
 

@@ -87,7 +87,7 @@ def resolve(argv: Sequence[str], environ: Mapping[str, str]) -> Resolved:
     validation = _choose_validation(files.validation, entries)
     wrong = line.source.wrong | files.wrong()
     if files.config_was_read:
-        _say_missing(entries, wrong, files, report)
+        _say_missing(entries, wrong, line.source, files, report)
         checks.check(entries, wrong, processes, not line.action.startswith("print_config"), report)
     if report.problems:
         raise ConfigError(report.problems)
@@ -144,12 +144,17 @@ def _derive(entries: dict[str, Entry], report: Report) -> None:
         entries["seed"] = Entry(drawn, DRAWN, (Override(seed.origin, -1), *seed.overrides), seed.default)
 
 
-def _say_missing(entries: Mapping[str, Entry], wrong: set[str], files: gather.Files, report: Report) -> None:
+def _say_missing(
+    entries: Mapping[str, Entry], wrong: set[str], line: Source, files: gather.Files, report: Report
+) -> None:
     for key, one in Settings.model_fields.items():
         if one.is_required() and key not in entries and key not in wrong:
             hint = "" if files.config else _hint_of_config()
             what = kinds(Settings)[key].phrase()
-            report.problem(files.config or COMMAND_LINE, f"{key} is missing, and must be {what}.{hint}")
+            if key in line.unset:
+                report.problem(COMMAND_LINE, f"{line.unset[key].name} null: {key} must be given, and be {what}.{hint}")
+            else:
+                report.problem(files.config or COMMAND_LINE, f"{key} is missing, and must be {what}.{hint}")
 
 
 def _hint_of_config() -> str:

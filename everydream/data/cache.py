@@ -24,7 +24,7 @@ from everydream.data.scan import Sample
 from everydream.data.verify import digest_of
 from everydream.errors import DataError
 
-_VERSION = 1  # of the transform from file to pixels: a change makes every latent anew
+_VERSION = 2  # of the transform from file to pixels: a change makes every latent anew
 
 
 # --- latents ---

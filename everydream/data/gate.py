@@ -9,6 +9,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from itertools import islice
 from pathlib import Path
@@ -125,6 +126,8 @@ class _Memory:
         if stamp is None or not isinstance(row, list) or len(row) != _ROW or row[:2] != [stamp.size, stamp.mtime_ns]:
             return None
         facts = PictureFacts(*row[2:])
+        if not all(type(side) is int and side > 0 for side in (facts.width, facts.height)):
+            return None
         try:
             refuse_size(path, (facts.width, facts.height), facts.format, max_megapixels)
         except Unfit as error:
@@ -149,8 +152,9 @@ class _Memory:
                 self.place.mkdir(parents=True, exist_ok=True)
                 temporary.write_text(json.dumps(rows), "utf-8")
                 os.replace(temporary, file)
-            except OSError:
-                temporary.unlink(missing_ok=True)  # nothing is remembered, so the next start decodes again
+            except OSError:  # nothing is remembered, so the next start decodes again
+                with suppress(OSError):
+                    temporary.unlink()
         self.fresh.clear()
 
     def _of(self, folder: Path) -> dict[str, list]:

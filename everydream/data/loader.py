@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,22 +23,33 @@ from everydream.errors import DataError
 
 
 class _Reported(Dataset):
-    """Errors of the user's data come back as values: torch would paste the worker's traceback into their message."""
+    """Errors of the user's data come back as values, in turn: torch would paste a traceback into their message."""
 
     def __init__(self, dataset: MicroBatches) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: Item) -> Batch | DataError:
+    def __getitem__(self, item: Item) -> Batch | Exception:
         try:
             return self.dataset[item]
         except DataError as error:
             return error
 
 
+class _ReportedByWorker(_Reported):
+    """Any error, by its traceback: torch would raise it by its class's name, whatever its constructor takes."""
+
+    def __getitem__(self, item: Item) -> Batch | Exception:
+        try:
+            return super().__getitem__(item)
+        except Exception:
+            return RuntimeError(f"in a data worker:\n{traceback.format_exc()}")
+
+
 def _start_worker(worker: int) -> None:
     # Signals are the parent's affair, also when the whole process group gets them: it finishes its update and saves.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class Loader:
@@ -58,7 +71,7 @@ class Loader:
             if num_workers
             else partial(_made_here, dataset, items, pin_memory)  # a DataLoader takes a quarter of a batch from caches
         )
-        self._iterator: Iterator[Batch | DataError] | None = None
+        self._iterator: Iterator[Batch | Exception] | None = None
 
     def __iter__(self) -> Loader:
         return self
@@ -68,20 +81,24 @@ class Loader:
             self._iterator = self._start()
         try:
             item = next(self._iterator)
-        except (RuntimeError, EOFError, OSError) as error:
-            # torch saw that a worker is gone, or it went with a batch half on its way.
-            if not self.num_workers or (type(error) is RuntimeError and "worker" not in str(error)):
-                raise
+        except BaseException as error:
             self.close()
+            if not self.num_workers or not _is_lost_worker(error):
+                raise
             advice = "probably for want of memory: lower num_workers or max_image_megapixels"
             raise DataError(f"a data worker was ended by the system, {advice}") from None
-        if isinstance(item, DataError):
+        if isinstance(item, Exception):
             self.close()
             raise item
         return item
 
     def close(self) -> None:
-        self._iterator = iter(())  # the last reference to torch's iterator: it ends its workers
+        iterator: Any = self._iterator
+        self._iterator = iter(())
+        if hasattr(iterator, "_shutdown_workers"):  # by hand: while an error is told its traceback keeps the iterator
+            iterator._shutdown_workers()
+            for worker in iterator._workers:  # they do not hear SIGTERM, and the end of the program waits for them
+                worker.kill()
 
     def __enter__(self) -> Loader:
         return self
@@ -90,10 +107,15 @@ class Loader:
         self.close()
 
 
+def _is_lost_worker(error: BaseException) -> bool:
+    """torch saw that a worker is gone, or it went with a batch half on its way."""
+    return isinstance(error, EOFError | OSError) or (isinstance(error, RuntimeError) and "worker" in str(error))
+
+
 _AT_ONCE = 8  # batches from caches: in a row each takes a third of what one by itself does, which finds the CPU's cold
 
 
-def _made_here(dataset: MicroBatches, items: Iterable[Item], pin_memory: bool) -> Iterator[Batch | DataError]:
+def _made_here(dataset: MicroBatches, items: Iterable[Item], pin_memory: bool) -> Iterator[Batch | Exception]:
     make, items = _Reported(dataset).__getitem__, iter(items)
     count = _AT_ONCE if dataset.latents is not None else 1
     while batches := [make(item) for item in itertools.islice(items, count)]:
@@ -107,11 +129,11 @@ def _from_workers(
     pin_memory: bool,
     context: str | None,
     prefetch: int,
-) -> Iterator[Batch | DataError]:
+) -> Iterator[Batch | Exception]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else each forked worker warns of it
     with _without_advice(), _without_child_handler():
         loader: DataLoader = DataLoader(
-            _Reported(dataset),
+            _ReportedByWorker(dataset),
             batch_size=None,
             sampler=items,
             num_workers=num_workers,

@@ -52,7 +52,16 @@ class Packs:
                 place = begin + entry["data_offsets"][0]
                 self._places[name] = (path, place, tuple(entry["shape"]), int(sums[name]))
                 missing.discard(name)
+                self._map(path)  # now: what is open stays readable if somebody clears the cache under way
         return missing
+
+    def _map(self, path: Path) -> np.ndarray:
+        if path not in self._maps:
+            try:
+                self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror}): start again, it is made anew") from None
+        return self._maps[path]
 
     def read(self, name: str) -> np.ndarray:
         """float32, a view of the mapped file. Its checksum is proved the first time."""
@@ -60,9 +69,7 @@ class Packs:
             missing = self.load([name])
             assert not missing, f"{missing} not in {self.folder}"
         path, begin, shape, crc = self._places[name]
-        if path not in self._maps:
-            self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
-        data = self._maps[path][begin : begin + 4 * math.prod(shape)]
+        data = self._map(path)[begin : begin + 4 * math.prod(shape)]
         if name not in self._proved:
             if zlib.crc32(data.tobytes()) != crc:
                 raise DataError(f"{path}: damaged on disk: delete it, it is made again at the next start")
@@ -79,11 +86,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < 1 << 30 else {}
-        entries = [entry for name, entry in header.items() if name != "__metadata__"]
-        end = max((entry["data_offsets"][1] for entry in entries), default=0)
-        if path.stat().st_size != 8 + length + end:
+        sums = header["__metadata__"]
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+        whole = sums.keys() == entries.keys() and all(sum_.isdecimal() for sum_ in sums.values())
+        whole &= all(4 * math.prod(entry["shape"]) == spans[n][1] - spans[n][0] for n, entry in entries.items())
+        if not whole or path.stat().st_size != 8 + length + max((end for _, end in spans.values()), default=0):
             return {}, 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, 0
     return header, 8 + length
 
@@ -119,7 +129,7 @@ class PackWriter:
     def flush(self) -> None:
         if self._tensors:
             path = self.folder / f"{digest(sorted(self._tensors))}.safetensors"
-            if not _header(path)[0]:  # else another run has written the very same
+            if _header(path)[0].keys() - {"__metadata__"} != self._tensors.keys():  # else another run has written them
                 sums = {name: str(zlib.crc32(tensor.tobytes())) for name, tensor in self._tensors.items()}
                 _write_synced(path, save(self._tensors, sums))
         self._tensors, self._bytes, self._since = {}, 0, time.monotonic()

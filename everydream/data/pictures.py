@@ -121,13 +121,14 @@ def _read(
             pixels = flat(picture, alpha_color)
             if pixels is not picture:
                 picture.close()  # frees its pixels
-        stored = pixels.size if orientation < 5 else (pixels.size[1], pixels.size[0])
-        if same_size and abs(stored[0] * shrink - upright[0]) + abs(stored[1] * shrink - upright[1]) > 2 * shrink - 2:
+        width, height = pixels.size
+        full = upright if orientation < 5 else (upright[1], upright[0])  # as it is stored, not scaled down
+        if same_size and abs(width * shrink - full[0]) + abs(height * shrink - full[1]) > 2 * shrink - 2:
             raise Unfit("it changed while the program ran", "leave the data alone during a run, and start again")
         # A scaled-down JPEG's last row and column may be parts of pixels; a mask has a resolution of its own.
-        ratio = (1 / shrink, 1 / shrink) if same_size else (stored[0] / upright[0], stored[1] / upright[1])
-        scaled = [min(float(stored[axis % 2]), value * ratio[axis % 2]) for axis, value in enumerate(crop)]
-        box = _stored_box(scaled, orientation, stored)
+        x, y = (1 / shrink, 1 / shrink) if same_size else (width / full[0], height / full[1])
+        x0, y0, x1, y1 = _stored_box(crop, orientation, upright)
+        box = (x0 * x, y0 * y, min(x1 * x, width), min(y1 * y, height))
         target = size if orientation < 5 else (size[1], size[0])
         # Large pictures are first reduced by whole factors, which shows nowhere (Pillow's manual); masks stay exact.
         small = pixels.resize(target, resample, box, reducing_gap=3.0 if same_size else None)

@@ -86,8 +86,9 @@ class EMA:
             yield
 
     def metrics(self, step: int) -> dict[str, float]:
-        """The decay at this step: below `decay`, the average is still warming up."""
-        return {"ema_decay": ema_decay(step, self.decay)}
+        """The decay of the last update until this step: below `decay`, the average is still warming up."""
+        last = step - step % self.interval
+        return {"ema_decay": ema_decay(last, self.decay, self.interval)} if last else {}
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, float32: live, so copy what must outlast the next update."""

@@ -51,7 +51,7 @@ def check(
         _refuse_hidden_state(name, optimizer)
     except ConfigError:
         raise
-    except Exception as error:  # a class of anybody's may raise anything
+    except (Exception, SystemExit) as error:  # a class of anybody's may raise anything; lion's triton exits
         settings = {"lr": lr, **given, **args}
         shown = ", ".join(f"{key} {_show(value)}" for key, value in settings.items() if value is not None)
         raise ConfigError(f"optimizer {name!r} {does} ({shown or 'none'}): {_reason(error)}") from error
@@ -85,7 +85,7 @@ def _show(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
@@ -158,6 +158,11 @@ def _arguments(
     if row.fused_flag and not any(arguments.get(key) for key in ("foreach", "differentiable")):
         arguments.setdefault("fused", fused_on(device))
     return arguments
+
+
+def takes_weight_decay(name: str) -> bool:
+    row, cls = _load(name)
+    return "weight_decay" in _taken(row, cls)
 
 
 def makes_contiguous(name: str) -> bool:
@@ -233,7 +238,7 @@ def _load(name: str) -> tuple[Row, type[torch.optim.Optimizer]]:
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # a module of anybody's may raise anything
+    except (Exception, SystemExit) as error:  # a module of anybody's may raise anything
         raise ConfigError(
             f"optimizer {name!r}: {module} cannot be imported ({_reason(error)}){_install(row)}"
         ) from error
@@ -253,7 +258,14 @@ def _install(row: Row) -> str:
 
 
 def _signature(cls: type) -> dict[str, inspect.Parameter]:
-    return {key: p for key, p in inspect.signature(cls).parameters.items() if p.kind is not p.VAR_KEYWORD}
+    """What the constructor takes by name; where it passes on **keywords, what its parents' take too."""
+    found: dict[str, inspect.Parameter] = {}
+    for owner in (one for one in cls.__mro__ if "__init__" in vars(one) and one is not torch.optim.Optimizer):
+        parameters = list(inspect.signature(vars(owner)["__init__"]).parameters.values())[1:]  # but self
+        found = {p.name: p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
 
 
 def _taken(row: Row, cls: type) -> dict[str, str]:
@@ -273,7 +285,7 @@ def _betas(row: Row, betas: Sequence[float]) -> tuple[float, ...]:
 
 
 def _check_args(row: Row, cls: type, args: Mapping[str, Any], reserved: set[str]) -> None:
-    known = set(_signature(cls)) - {"self", *reserved}
+    known = set(_signature(cls)) - reserved
     ours = {parameter: key for key, parameter in _taken(row, cls).items()} | {"lr": "lr"}
     problems = []
     for key in args:

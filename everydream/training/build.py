@@ -367,14 +367,9 @@ class Build:
             rounding_seed=settings.seed if settings.weights_dtype == "bfloat16" else None,
             flat=may_be_flat and factory.flat_pays(chosen.optimizer, groups, self.ranks.device, self.ranks.count),
         )
-        horizon = chosen.lr_decay_steps or self.state.lr_horizon or self.prepared.clock.total_steps
+        horizon = self.prepared.horizons[name]
         if chosen.lr_decay_steps is None:
             self.state.lr_horizon = horizon
-        if chosen.lr_scheduler != "constant" and horizon < self.prepared.clock.total_steps:
-            total, resumes = self.prepared.clock.total_steps, self.prepared.start.checkpoint is not None
-            advice = f"Add --resume_changed --lr_decay_steps {total}" if resumes else "Set lr_decay_steps"
-            said = f"{name}: the learning rate is down at step {horizon} and stays there until step {total}"
-            self.prepared.warnings[said] = f"{advice} to change that."
         factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
         row = row_of(chosen.optimizer)
         assert row is not None

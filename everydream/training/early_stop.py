@@ -32,6 +32,9 @@ class EarlyStop:
             records = jsonl.read(trainer.log.folder / METRICS)
             history = [(r["step"], r[self.metric]) for r in records if r.get(self.metric) is not None]
         self.history = trainer.ranks.broadcast(history)
+        # A run that was stopped here is finished: a resume has nothing to do. Not by a validation of this very step,
+        # which the next step would have looked at.
+        self._stop_if_due(trainer, [entry for entry in self.history if entry[0] < trainer.state.step])
 
     def before_exit(self, trainer: Trainer) -> None:
         if not self.history:
@@ -44,9 +47,12 @@ class EarlyStop:
             return
         if not self.history or self.history[-1][0] < step:
             self.history.append((step, value))
-        waited = validations_since_best([value for _, value in self.history], self.min_change)
+        self._stop_if_due(trainer, self.history)
+
+    def _stop_if_due(self, trainer: Trainer, history: Sequence[tuple[int, float]]) -> None:
+        waited = validations_since_best([value for _, value in history], self.min_change) if history else 0
         if waited >= self.patience:
-            best_step, best = self.history[-1 - waited]
+            best_step, best = history[-1 - waited]
             trainer.stop_after_this_step(
                 f"{self.metric} has not become lower than {best:.4f} of step {best_step} in {waited} validations"
             )

@@ -105,7 +105,8 @@ def _decode(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) else None
+    whole = isinstance(record, dict) and all(isinstance(record.get(key), int | None) for key in ("step", "of_step"))
+    return record if whole else None
 
 
 def _step_of(record: Mapping[str, Any]) -> int:

@@ -6,6 +6,7 @@ Rank 0 has a RunLog, the others a NullLog. No failure of any of these ends a run
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -330,7 +331,8 @@ def has_finished(folder: Path) -> bool:
 
 def grid_files(folder: Path) -> dict[int, Path]:
     """Step → the grid of its previews, in a run folder."""
-    return {int(path.stem.removeprefix("step-")): path for path in (folder / SAMPLES).glob("step-[0-9]*.png")}
+    named = ((re.fullmatch(r"step-(\d+)\.png", path.name), path) for path in (folder / SAMPLES).glob("step-*.png"))
+    return {int(name[1]): path for name, path in named if name and path.is_file()}
 
 
 def utc_now() -> str:

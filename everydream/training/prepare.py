@@ -134,18 +134,15 @@ class Prepared:
         self.plugins = Plugins(settings.plugins)
         off = {"unet": settings.disable_unet_training, "text_encoder": settings.disable_textenc_training}
         self.parts = [part for part in PARTS if not off[part]]
+        wrong: dict[str, list[str]] = {}  # and in which parts
         for part in self.parts:
-            chosen = self.resolved.optimizers[part]
-            said = factory.check(
-                chosen.optimizer,
-                chosen.args,
-                lr=chosen.lr,
-                betas=chosen.betas,
-                epsilon=chosen.epsilon,
-                weight_decay=chosen.weight_decay,
-                device=self.ranks.device.type,
-            )
-            self.notes += [note for note in said if note not in self.notes]
+            try:
+                self.notes += [note for note in self._check_optimizer(part) if note not in self.notes]
+            except ConfigError as error:  # noqa: PERF203 each part is told of
+                for problem in error.problems:
+                    wrong.setdefault(problem, []).append(part)
+        if wrong:
+            raise ConfigError([f"{', '.join(parts)}: {problem}" for problem, parts in wrong.items()])
         if settings.fused_backward:
             reasons = refusals(
                 processes=self.ranks.count,
@@ -159,6 +156,18 @@ class Prepared:
                 raise ConfigError([f"fused_backward cannot be used: {reason}" for reason in reasons])
         self.frozen = {part: self._frozen_names(part) for part in self.parts}
         self.groups = self.groups_of(self.facts.shapes)
+
+    def _check_optimizer(self, part: str) -> list[str]:
+        chosen = self.resolved.optimizers[part]
+        return factory.check(
+            chosen.optimizer,
+            chosen.args,
+            lr=chosen.lr,
+            betas=chosen.betas,
+            epsilon=chosen.epsilon,
+            weight_decay=chosen.weight_decay,
+            device=self.ranks.device.type,
+        )
 
     def _frozen_names(self, part: str) -> set[str]:
         if part != "text_encoder":
@@ -180,7 +189,7 @@ class Prepared:
             part: split(
                 named[part].items(),
                 part,
-                chosen[part].weight_decay,
+                chosen[part].weight_decay if factory.takes_weight_decay(chosen[part].optimizer) else None,
                 chosen[part].no_decay_on_norms,
                 lr=chosen[part].lr,
                 frozen=self.frozen[part],
@@ -225,6 +234,27 @@ class Prepared:
                 "batch_size"
             )
         self.clock = Clock(plan, self.per_update, total)
+        self._learning_rates()
+
+    def _learning_rates(self) -> None:
+        """Where each part's has come down. A longer run keeps the end that it had."""
+        total, kept = self.clock.total_steps, self.start.state.lr_horizon
+        self.horizons = {part: self.resolved.optimizers[part].lr_decay_steps or kept or total for part in self.parts}
+        for part, horizon in self.horizons.items():
+            chosen, warning = self.resolved.optimizers[part], f"{part}: the learning rate"
+            ends = total if chosen.lr_scheduler.startswith("constant") else min(horizon, total)
+            if horizon < total and ends < total:
+                advice = f"Set lr_decay_steps {total}" if self.start.checkpoint is None else (
+                    f"Add --resume_changed --lr_decay_steps {total}"
+                )  # fmt: skip
+                self.warnings[f"{warning} is down at step {horizon} and stays there until step {total}"] = (
+                    f"{advice} to change that."
+                )
+            if chosen.lr_scheduler != "constant" and chosen.lr_warmup_steps >= ends:
+                said = f"{warning} rises for {chosen.lr_warmup_steps} steps, and step {ends} ends that: "
+                self.warnings[said + f"{chosen.lr:g} is never reached"] = (
+                    "Set lr_warmup_steps lower; it counts optimizer steps."
+                )
 
     def compare(self, name: str, samples: Sequence[Sample], epoch: int) -> None:
         """With what the checkpoint was trained on; accepted changes begin with `epoch`.

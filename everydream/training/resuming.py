@@ -10,7 +10,7 @@ from typing import Any
 
 from everydream.data.fingerprint import Fingerprint
 from everydream.data.fingerprint import changes as data_changes
-from everydream.errors import ConfigError, DataError, SaveError
+from everydream.errors import CheckpointError, ConfigError, DataError, SaveError
 from everydream.runtime import Ranks
 from everydream.training.bag import DATA, MODEL, read_state
 from everydream.training.checkpoint import clean
@@ -64,7 +64,13 @@ def check_settings(start: Start, record: Mapping[str, Any], changes: Any, resume
     """Lines to print on what changed since the run was started. Raises ConfigError on what makes it another run."""
     if start.folder is None:
         return []
-    safe, refused = changes(Run(start.folder).record_at(start.state.step), record)
+    run = Run(start.folder)
+    try:
+        safe, refused = changes(run.record_at(start.state.step), record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{run.config} is not whole ({type(error).__name__}: {error}): put a copy back"
+        ) from error
     if refused and not resume_changed:
         raise ConfigError(
             [

@@ -56,7 +56,7 @@ class Run:
         """Counter, project and time of creation, from config.json; empty where there is none."""
         try:
             about = json.loads(self.config.read_bytes())["run"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return {}
         return about if isinstance(about, dict) else {}
 
@@ -72,7 +72,7 @@ class Run:
             earlier = [one for one in content["run"].get("earlier", []) if step <= one["until_step"]]
             record = {**content, **earlier[0]} if earlier else content
             record["settings"]["seed"]["value"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{self.config} is not whole ({type(error).__name__}: {error}): what this run was trained with is not "
                 "known. Put a copy of it back, or start anew with base_model set to a checkpoint's model folder"

@@ -100,14 +100,13 @@ class Trainer:
             return
         now = time.perf_counter()
         values: dict[str, float] = {"epoch": state.epoch, "images_seen": state.images_seen}
-        if state.loss_count:
-            values["loss"] = state.loss_sum / state.loss_count
+        values["loss"] = state.loss_sum / state.loss_count if state.loss_count else math.nan
         if state.prior_count:
             values["loss_prior"] = state.prior_sum / state.prior_count
         if state.class_images_seen:
             values["class_images_seen"] = state.class_images_seen
         values |= {f"lr_{name}": lr for name, lr in self.lrs.items()}
-        values |= {f"grad_norm_{name}": norm for name, norm in self.verdict.norms.items() if math.isfinite(norm)}
+        values |= {f"grad_norm_{name}": norm for name, norm in self.verdict.norms.items()}
         values |= self.ema.metrics(state.step)
         values["images_per_s"] = (state.images_seen - self._images_at_report) / (now - self._last_report)
         values["data_wait_s"] = self.update.data_wait_s
@@ -265,6 +264,8 @@ class Trainer:
         on_main(self.ranks, self.saver.join)
         first = state.step - max(0, self._skips_in_a_row() - 1)
         step, unusable = self.bag.reload_latest(before=first)
+        if step is None:  # keep_last has let it go: updates left out since then have not touched the weights
+            step, unusable = self.bag.reload_latest(before=state.step)
         for skipped in unusable:
             self.log.event("roll_back", str(skipped), "warning", todo="An older checkpoint is used.")
         if step is None:

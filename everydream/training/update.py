@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from everydream.training.profile import NoProfile
     from everydream.training.schedule import NoSchedule
 
-SIGNALS = (2, 15)  # SIGINT, SIGTERM: the same numbers everywhere
+SIGNALS = (2, 15, 1)  # SIGINT, SIGTERM, SIGHUP: the same numbers everywhere
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,13 @@ class Update:
         # From pinned memory, or the copy would wait until the card has done all of backward.
         told = torch.tensor([*stops, *flags], dtype=torch.float64, pin_memory=self.ranks.device.type == "cuda")
         shared = self.ranks.sum(torch.cat([self._sums, told.to(self.ranks.device, non_blocking=True)]))
-        loss_sum, prior_sum, sigint, sigterm, due, failed, *parts = torch.cat([shared, norms]).tolist()
+        loss_sum, prior_sum, *others = torch.cat([shared, norms]).tolist()
+        stops, (due, failed, *parts) = others[: len(SIGNALS)], others[len(SIGNALS) :]
         return Verdict(
             loss_sum=loss_sum,
             prior_sum=prior_sum,
             norms=dict(zip(self.parameters, parts, strict=True)),
-            stop_signal=SIGNALS[0] if sigint else SIGNALS[1] if sigterm else 0,
+            stop_signal=next((signum for signum, asked in zip(SIGNALS, stops, strict=True) if asked), 0),
             save_is_due=due > 0,
             failed_saves=int(failed),
         )

@@ -134,7 +134,7 @@ def test_every_setting_can_be_given_on_the_command_line(desk: Desk) -> None:
             desk.resolve(f"--{key}", "null")
         else:
             problems = desk.problems(f"--{key}", "null")
-            assert problems[0].startswith(f"train.json: {key} is missing")
+            assert problems[0].startswith(f"command line: --{key} null: {key} must be given")
 
 
 def test_without_config_no_file_is_read_and_the_error_names_the_one_that_is_there(desk: Desk) -> None:

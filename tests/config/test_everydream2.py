@@ -16,7 +16,7 @@ from tests.config.conftest import Desk
 TRAIN: dict[str, Any] = {
     "doc": {"batch_size": "comment"}, "amp": True, "attn_type": "sdp", "batch_size": 10, "ckpt_every_n_minutes": None,
     "clip_grad_norm": None, "clip_skip": 0, "cond_dropout": 0.04, "data_root": "pictures", "disable_amp": False,
-    "disable_textenc_training": False, "disable_unet_training": False, "disable_xformers": False,
+    "disable_textenc_training": False, "disable_unet_training": False, "disable_xformers": False, "ed1_mode": False,
     "ema_decay_rate": None, "ema_device": "cpu", "ema_resume_model": None, "ema_sample_ema_model": False,
     "ema_sample_nonema_model": False, "ema_strength_target": None, "ema_update_interval": None,
     "embedding_perturbation": 0.0, "enable_zero_terminal_snr": False, "flip_p": 0.0, "gpuid": 0, "grad_accum": 1,
@@ -26,6 +26,7 @@ TRAIN: dict[str, Any] = {
     "mixed_precision": "fp16", "no_prepend_last": False, "no_save_ckpt": False, "notebook": False,
     "optimizer_config": "optimizer.json", "plugins": None, "project_name": "project_abc",
     "pyramid_noise_discount": None, "rated_dataset": False, "rated_dataset_target_dropout_percent": 50,
+    "rated_dataset_target_dropout_rate": 0.5,
     "resolution": 512, "resume_ckpt": "model", "run_name": None, "sample_prompts": "sample_prompts.txt",
     "sample_steps": 300, "save_ckpt_dir": None, "save_ckpts_from_n_epochs": 0, "save_every_n_epochs": 20,
     "save_full_precision": False, "save_optimizer": False, "scale_lr": False, "seed": 555, "shuffle_tags": False,
@@ -45,7 +46,8 @@ NESTED: dict[str, Any] = {
 }  # fmt: skip
 VALIDATION: dict[str, Any] = {
     "documentation": {"val_split_mode": "comment"}, "val_split_mode": "automatic", "auto_split_proportion": 0.15,
-    "val_data_root": None, "stabilize_training_loss": False, "stabilize_split_proportion": 0.15, "every_n_epochs": 1,
+    "validate_training": True, "val_data_root": None,
+    "stabilize_training_loss": False, "stabilize_split_proportion": 0.15, "every_n_epochs": 1,
     "seed": 555,
 }  # fmt: skip
 
@@ -97,6 +99,16 @@ def test_each_retired_key_is_said_in_one_line_with_its_place(theirs: Desk) -> No
             number = next(i for i, line in enumerate(lines, 1) if line.startswith(f'  "{key}"'))
             assert note.startswith(f"train.json:{number}: ")
             assert "\n" not in note
+
+
+def test_validation_that_was_turned_off_is_not_turned_on(theirs: Desk) -> None:
+    assert any("validate_training is not a setting any more" in note for note in load(theirs).notes)
+    older = {key: value for key, value in VALIDATION.items() if key != "auto_split_proportion"}
+    theirs.write("validation_default.json", older | {"val_split_proportion": 0.25})
+    assert load(theirs).validation.auto_split_proportion == 0.25
+    theirs.write("validation_default.json", VALIDATION | {"validate_training": False})
+    (problem,) = theirs.problems("--config", "train.json")
+    assert problem.startswith("validation_default.json:") and "leave validation_config out" in problem
 
 
 def test_a_decay_of_zero_steps_is_null_and_said(theirs: Desk) -> None:

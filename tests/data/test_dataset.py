@@ -57,6 +57,21 @@ def test_ids_over_five_epochs(folder: Path, batch_size: int, workers: int) -> No
     assert {epoch for (_, epoch) in drawn} == set(range(5))
 
 
+class Broken:
+    latents = None
+
+    def __getitem__(self, item: tuple[str, int]) -> Batch:
+        raise UnicodeDecodeError("utf-8", b"x", 0, 1, "no constructor takes a message alone")
+
+
+def test_an_error_of_ours_in_a_worker_is_told_and_leaves_no_worker() -> None:
+    """A worker that lives on would keep the program, and its card, for ever."""
+    loader = Loader(Broken(), [("subject", 0)], num_workers=2)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"in a data worker(?s:.)*no constructor takes") as caught:
+        next(loader)
+    assert caught.traceback and not multiprocessing.active_children()
+
+
 def test_the_draws_are_the_same_for_any_number_of_workers_and_from_any_place(folder: Path) -> None:
     source = source_of(folder, 3, ALL)
     dataset, wanted = dataset_of(source), items(source, 4)

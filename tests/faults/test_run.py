@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,16 @@ def tensors_of(run: Path, step: int) -> dict[str, str]:
 # Signals
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """As in a terminal: nohup, which the tests may run under, has the signal ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_a_signal_saves_at_the_boundary_and_is_the_exit_code(
     world: World, signum: int, code: int, injected: Inject
 ) -> None:
@@ -427,8 +436,20 @@ def test_three_in_a_row_go_back_to_the_last_checkpoint_and_past_the_pictures(
     state = json.loads((run / "checkpoints" / "step-0000000008" / "state.json").read_bytes())
     assert state["skipped_steps"] == [3, 4, 5] and state["rollbacks"] == [[5, 2]]
     assert steps(run) == [2, 4, 6, 8]
-    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines(run / "metrics.jsonl") if "loss" in line)
+    left_out = [line["step"] for line in lines(run / "metrics.jsonl") if line["loss"] is None]
+    assert left_out == [3, 4, 5]
     injected("NaN in a loss or in gradients", 3)
+
+
+def test_a_roll_back_finds_a_checkpoint_however_few_are_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    poisoned(monkeypatch, "loss", {3, 4, 5})
+    config = world.settings("few-kept", max_steps=7, save_every_n_steps=1, keep_last=1)
+    assert world.train(config) == 0
+    run = newest_run(world.logdir(config))
+    [back] = events(run, "rolled_back")
+    assert back["to"] == 4  # its weights are those of step 2: the updates since were left out
+    null = [line for line in lines(run / "metrics.jsonl") if line["step"] in (3, 4)]
+    assert [line["loss"] for line in null] == [None, None]
 
 
 def test_without_a_checkpoint_to_go_back_to_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

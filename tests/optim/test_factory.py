@@ -202,3 +202,28 @@ def test_rows_that_undo_channels_last_say_so(name: str) -> None:
     optimizer.step()
     kept = conv.weight.is_contiguous(memory_format=torch.channels_last)
     assert kept != factory.makes_contiguous(name)
+
+
+class Leaving(torch.optim.SGD):
+    """As lion-pytorch's triton does where it is not installed."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        raise SystemExit
+
+
+class Passing(torch.optim.AdamW):
+    def __init__(self, params: Any, **others: Any) -> None:
+        super().__init__(params, **others)
+
+
+def test_a_class_that_ends_the_program_is_refused() -> None:
+    with pytest.raises(ConfigError, match="SystemExit"):
+        factory.check(f"{__name__}.Leaving", {})
+
+
+def test_what_a_class_passes_on_is_taken() -> None:
+    name = f"{__name__}.Passing"
+    assert factory.check(name, {"amsgrad": True}, betas=(0.5, 0.6), epsilon=1e-3, weight_decay=0.3) == []
+    assert factory.takes_weight_decay(name) and not factory.takes_weight_decay("torch.optim.Rprop")
+    with pytest.raises(ConfigError, match="Did you mean 'amsgrad'"):
+        factory.check(name, {"amsgradd": True})

@@ -19,7 +19,7 @@ def clean_process() -> Iterator[None]:
     """Accelerate keeps its state in singletons, and a run installs signal handlers."""
     from accelerate.state import AcceleratorState, PartialState
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     try:

@@ -188,6 +188,8 @@ def test_cut_back_leaves_what_the_checkpoint_knew(tmp_path: Path) -> None:
     assert cut_back(tmp_path, 3) == {"metrics.jsonl": 2, "events.jsonl": 1}
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(lines[:3]) + b"\n"
     assert records(tmp_path / "events.jsonl") == [{"kind": "start"}, {"step": 2}]
+    for name in ("step-0000000003 copy.png", "step-0000000009(1).png", "step-9.jpg"):  # a person's
+        (tmp_path / "samples" / name).touch()
     assert sorted(log.grid_files(tmp_path)) == [0, 3]
     assert not list(tmp_path.glob(".*.new"))
 

@@ -207,6 +207,16 @@ def test_early_stop_decides_the_same_after_a_resume(tmp_path: Path) -> None:
     assert stops_at(values, Soon(), tmp_path, start=30) == whole == 41
 
 
+def test_a_run_that_was_stopped_early_is_finished(tmp_path: Path) -> None:
+    lines = [{"step": 10 * i, "loss_val": value} for i, value in enumerate([3.0, 2.0, 1.0, 1.5, 1.5])]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for step, stops in ((41, True), (40, False)):  # at 40 the last validation has only just been made
+        trainer: Any = FakeTrainer(tmp_path)
+        trainer.state.step = step
+        Soon().after_build(trainer)
+        assert bool(trainer.reason) is stops
+
+
 def test_a_small_change_may_count_as_none() -> None:
     assert validations_since_best([3, 2, 1.99]) == 0
     assert validations_since_best([3, 2, 1.99], min_change=0.1) == 1

@@ -14,6 +14,12 @@ from tests.tiny import make_pictures
 from tests.training.runs import lines, only_run, options, start, tensors
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    make_pictures(tmp_path / "pictures", 6, captions="a thing")
+    return tmp_path / "pictures"
+
+
 def everything_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
@@ -205,3 +211,46 @@ def test_long_captions_are_told_of_every_set(
     plan = capsys.readouterr().out
     assert plan.count("2 captions have more than 75 tokens") == 2 and "class: 2 captions" in plan
     assert plan.count("caption of subject/picture_00") == 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "said"),
+    [
+        ('"cosine", "lr_warmup_steps": 1, "lr_decay_steps": 3', "unet: the learning rate is down at step 3"),
+        ('"cosine", "lr_warmup_steps": 3, "lr_decay_steps": 3', "rises for 3 steps, and step 3 ends that"),
+        ('"constant_with_warmup", "lr_warmup_steps": 5', "rises for 5 steps, and step 5 ends that"),
+        ('"constant_with_warmup", "lr_warmup_steps": 4', ""),
+        ('"cosine"', ""),
+    ],
+)
+def test_the_dry_run_says_where_learning_rates_do_not_get(
+    schedule: str, said: str, tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "optimizer.json").write_text(f'{{"optimizer": "adamw", "lr": 1e-3, "lr_scheduler": {schedule}}}')
+    words = options(tiny_model, pictures, tmp_path, max_steps=5, optimizer_config=tmp_path / "optimizer.json")
+    assert start(*words, "--dry_run") == 0
+    plan = capsys.readouterr().out
+    assert said in plan
+    assert said or not ("is down at" in plan or "is never reached" in plan)
+
+
+def test_wrong_arguments_of_both_parts_optimizers_are_told_at_once(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "optimizer.json").write_text(
+        '{"base": {"optimizer": "adamw", "args": {"foo": 1}},'
+        ' "text_encoder_overrides": {"optimizer": "lion", "args": {"bar": 1}}}'
+    )
+    words = options(tiny_model, pictures, tmp_path, optimizer_config=tmp_path / "optimizer.json")
+    assert start(*words, "--dry_run") == 2
+    told = capsys.readouterr().err
+    assert "unet: optimizer 'adamw': args.foo" in told and "text_encoder: optimizer 'lion': args.bar" in told
+
+
+def test_a_model_that_is_not_trained_is_in_the_memory_plan(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = options(tiny_model, pictures, tmp_path, disable_unet_training=True)
+    assert start(*words, "--dry_run") == 0
+    memory = capsys.readouterr().out.split("Memory")[1]
+    assert "unet: weights" in memory and "text_encoder: weights" in memory
