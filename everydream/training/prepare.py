@@ -242,19 +242,15 @@ class Prepared:
         self.horizons = {part: self.resolved.optimizers[part].lr_decay_steps or kept or total for part in self.parts}
         for part, horizon in self.horizons.items():
             chosen, warning = self.resolved.optimizers[part], f"{part}: the learning rate"
-            ends = total if chosen.lr_scheduler.startswith("constant") else min(horizon, total)
-            if horizon < total and ends < total:
-                advice = f"Set lr_decay_steps {total}" if self.start.checkpoint is None else (
-                    f"Add --resume_changed --lr_decay_steps {total}"
-                )  # fmt: skip
-                self.warnings[f"{warning} is down at step {horizon} and stays there until step {total}"] = (
-                    f"{advice} to change that."
-                )
-            if chosen.lr_scheduler != "constant" and chosen.lr_warmup_steps >= ends:
+            ends = total if chosen.lr_scheduler == "constant" else min(horizon, total)
+            if ends < total:
+                advice = "Set " if self.start.checkpoint is None else "Add --resume_changed --"
+                said = f"{warning} is down at step {ends} and stays there until step {total}"
+                self.warnings[said] = f"{advice}lr_decay_steps {total} to change that."
+            if chosen.lr_warmup_steps and chosen.lr_warmup_steps >= ends:
                 said = f"{warning} rises for {chosen.lr_warmup_steps} steps, and step {ends} ends that: "
-                self.warnings[said + f"{chosen.lr:g} is never reached"] = (
-                    "Set lr_warmup_steps lower; it counts optimizer steps."
-                )
+                todo = "Set lr_warmup_steps lower; it counts optimizer steps."
+                self.warnings[said + f"{chosen.lr:g} is never reached"] = todo
 
     def compare(self, name: str, samples: Sequence[Sample], epoch: int) -> None:
         """With what the checkpoint was trained on; accepted changes begin with `epoch`.
