@@ -6,6 +6,8 @@ Random-weight UNets of Stable Diffusion's sizes at 512 px, bf16. Four loops, in 
   trainer  ours, launched as users launch it, checkpoints and previews off
   8 bit    the same with adamw8bit, the default
 --compile, or --compile max, is for bare and the trainer. Peaks are of training, what is made before it left out.
+With --json the file is written after each size and batch, and what stands in it is not measured again: --minutes may
+end the bench early, and another call goes on. What does not fit the card has no numbers.
 An image takes 2.41 TFLOP, forward and backward; the share is of this card's measured bf16 matrix product.
 """
 
@@ -38,7 +40,8 @@ TRAINERS = {"trainer": "adamw", "8 bit": "adamw8bit"}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", default=["sd15", "sd21"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 4, 16, 32])
+    parser.add_argument("--batch", nargs="+", type=int, default=[16, 1, 4, 32])
+    parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after so long")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--settings", nargs="*", default=[], help="more of the trainer's, as --key=value without --")
@@ -50,57 +53,84 @@ def main() -> None:
         kind, model, resolution, batch = options.loop
         print(json.dumps(loop(kind, Path(model), int(resolution), int(batch), options.steps, options.compile)))
         return
-    peak = matmul_peak()
-    rows = []
+    began, peak = time.monotonic(), matmul_peak()
+    rows = known(options.json, options.compile)
     with tempfile.TemporaryDirectory() as folder:
         for size in options.size:
             model, resolution = model_of(size, Path(folder))
             for batch in options.batch:
-                found: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*LOOPS, *TRAINERS)}
-                for number in range(options.rounds):
-                    for kind in LOOPS:
-                        found[kind].append(child(kind, model, resolution, batch, options.steps, options.compile))
-                    for kind, optimizer in TRAINERS.items():
-                        logs = Path(folder) / f"logs-{size}-{batch}-{optimizer}-{number}"
-                        settings = [f"compile={options.compile}", *options.settings]
-                        found[kind].append(trainer(model, resolution, logs, batch, options.steps, optimizer, settings))
+                late = time.monotonic() - began > 60 * options.minutes
+                if late or any((one["size"], one["batch"]) == (size, batch) for one in rows):
+                    continue
+                found = rounds_of(model, resolution, Path(folder) / f"logs-{size}-{batch}", batch, options)
                 rows += [row(size, batch, kind, rounds, peak) for kind, rounds in found.items()]
                 print_rows(rows[-len(found) :])
-    if options.json:
-        found_here = {"machine": card(peak), "compile": options.compile, "rows": rows}
-        options.json.write_text(json.dumps(found_here, indent=1) + "\n")
+                if options.json:
+                    so_far = {"machine": card(peak), "compile": options.compile, "rows": rows}
+                    options.json.write_text(json.dumps(so_far, indent=1, allow_nan=False) + "\n")
+
+
+def known(path: Path | None, compiled: str) -> list[dict[str, Any]]:
+    """What an earlier call has measured with the same --compile."""
+    if path is None or not path.is_file():
+        return []
+    before = json.loads(path.read_text())
+    return before["rows"] if before["compile"] == compiled else []
+
+
+def rounds_of(
+    model: Path, resolution: int, logs: Path, batch: int, options: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """Each loop's rounds, in turns; none of one that does not fit."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*LOOPS, *TRAINERS)}
+    too_large: set[str] = set()
+    for number in range(options.rounds):
+        for kind in [kind for kind in found if kind not in too_large]:
+            if kind in LOOPS:
+                one = child(kind, model, resolution, batch, options.steps, options.compile)
+            else:
+                settings = [f"compile={options.compile}", *options.settings]
+                name = logs.with_name(f"{logs.name}-{TRAINERS[kind]}-{number}")
+                one = trainer(model, resolution, name, batch, options.steps, TRAINERS[kind], settings)
+            if one is None:
+                too_large.add(kind)
+                found[kind] = []
+            else:
+                found[kind].append(one)
+    return found
 
 
 def row(size: str, batch: int, kind: str, rounds: list[dict[str, float]], peak: float) -> dict[str, Any]:
+    where = {"size": size, "batch": batch, "loop": kind}
+    if not rounds:
+        return {**where, "images_per_s": None, "share_of_peak": None, "peak_bytes": None}
     images = statistics.median(one["images_per_s"] for one in rounds)
-    return {
-        "size": size,
-        "batch": batch,
-        "loop": kind,
-        "images_per_s": images,
-        "share_of_peak": images * TFLOP_AN_IMAGE / peak,
-        "peak_bytes": max(one["peak_bytes"] for one in rounds),
-    }
+    share, most = images * TFLOP_AN_IMAGE / peak, max(one["peak_bytes"] for one in rounds)
+    return {**where, "images_per_s": images, "share_of_peak": share, "peak_bytes": most}
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
     for one in rows:
-        print(
-            f"| {one['size']} | {one['batch']} | {one['loop']} | {one['images_per_s']:.1f} images/s "
-            f"| {one['share_of_peak']:.1%} | {one['peak_bytes'] / 1e9:.1f} GB |",
-            flush=True,
-        )
+        told = "does not fit | | |"
+        if one["images_per_s"] is not None:
+            speed = f"{one['images_per_s']:.1f} images/s | {one['share_of_peak']:.1%}"
+            told = f"{speed} | {one['peak_bytes'] / 1e9:.1f} GB |"
+        print(f"| {one['size']} | {one['batch']} | {one['loop']} | {told}", flush=True)
 
 
-def child(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float]:
+def child(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float] | None:
     words = ["--steps", str(steps), "--compile", compiled, "--loop", kind, str(model), str(resolution), str(batch)]
     command = [sys.executable, __file__, *words]
+    told = output_of(command)
+    return None if told is None else json.loads(told.splitlines()[-1])
+
+
+def output_of(command: list[str]) -> str | None:
+    """None where the card's memory is not enough. Raises SystemExit with what else went wrong."""
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        if "OutOfMemoryError" in done.stderr:
-            return {"images_per_s": float("nan"), "peak_bytes": float("nan")}
+    if done.returncode and "OutOfMemoryError" not in done.stderr:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return None if done.returncode else done.stdout
 
 
 def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float]:
@@ -161,7 +191,7 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compil
 
 def trainer(
     model: Path, resolution: int, logs: Path, batch: int, steps: int, optimizer: str, settings: list[str]
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     from tests.tiny import make_pictures
 
     pictures = logs.parent / f"pictures-{resolution}"
@@ -177,9 +207,8 @@ def trainer(
     ).split()
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--num_processes", "1"]
     command = [*launch, str(ROOT / "scripts" / "train.py"), *words, *(f"--{word}" for word in settings)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
+    if output_of(command) is None:
+        return None
     (metrics,) = logs.glob("*/metrics.jsonl")
     lines = [json.loads(line) for line in metrics.read_text().splitlines()][1:-1]
     seconds = sum(LOG_STEP * batch / line["images_per_s"] for line in lines)
