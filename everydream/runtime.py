@@ -37,8 +37,8 @@ def before_torch() -> None:
 def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerator:
     """The one place where processes meet. Raises ConfigError where the launcher's and our view of the world differ.
 
-    A process that hangs ends the job after `timeout_minutes`; one that dies ends it at once (gloo's connections close; on
-    cards the others wait inside NCCL until the launcher ends them, within half a minute).
+    A process that hangs ends the job after `timeout_minutes`; one that dies ends it at once (gloo's connections close;
+    on cards the others wait inside NCCL until the launcher ends them, within half a minute).
 
     Accelerate prepares the model only; accumulation and the data loader are ours, so its own
     accumulation stays at 1 (its backward would divide once more).
