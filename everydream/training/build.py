@@ -44,6 +44,7 @@ from everydream.training.profile import make_profile
 from everydream.training.quiet import quiet_libraries
 from everydream.training.report import write_report
 from everydream.training.resuming import begin_run, what_differs
+from everydream.training.runfolder import Run
 from everydream.training.sampling import Parts
 from everydream.training.saver import Saver
 from everydream.training.schedule import NoSchedule, Schedule
@@ -300,6 +301,7 @@ class Build:
             background=settings.background_save,
             keep_last=settings.keep_last,
             last=prepared.start.checkpoint,
+            beside={(config := Run(self.folder).config): config.read_bytes()} if self.ranks.is_main else {},
         )
         self.running = trainer = Trainer(
             state=self.state,

@@ -200,7 +200,7 @@ class RunLog(NullLog):
         """Says once that a file cannot be written, and once that it can again."""
         if error is None and name in self._failing:
             self._failing.discard(name)
-            self.event("log", f"{name} is written again; no line was lost")
+            self.event("log", f"{name} is written again, with the lines that waited")
         elif error is not None and name not in self._failing:
             self._failing.add(name)
             self.event(

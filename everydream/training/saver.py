@@ -16,7 +16,7 @@ from everydream.training import hostmemory
 from everydream.training.checkpoint import commit, read_manifest
 from everydream.training.retention import Retention
 from everydream.training.snapshot import HostMemory, finished
-from everydream.training.storage import DISK, ChangedFile, Content, Copy, Files, write_atomically
+from everydream.training.storage import DISK, Bytes, ChangedFile, Content, Copy, Files, write_atomically
 from everydream.training.tensorfile import Tensors
 
 Contents = Mapping[str, Content]
@@ -42,7 +42,8 @@ class Saved:
 
 
 class Saver:
-    """Rank 0's. `last`: the checkpoint the run was resumed from, if it was."""
+    """Rank 0's. `last`: the checkpoint the run was resumed from, if it was. `beside`: files without which
+    checkpoints are of no use; they are written again where somebody has moved the run's folder away."""
 
     def __init__(
         self,
@@ -51,13 +52,14 @@ class Saver:
         background: bool,
         keep_last: int | None = None,
         last: Path | None = None,
+        beside: Mapping[Path, bytes] = {},
         files: Files = DISK,
         free_memory: Callable[[], int] = hostmemory.available,
     ) -> None:
         self.failures = 0  # saves that failed in a row
         self._checkpoints, self._background, self._files = checkpoints, background, files
         self._retention = Retention(checkpoints, keep_last, files)
-        self._last, self._free_memory = last, free_memory
+        self._last, self._beside, self._free_memory = last, beside, free_memory
         self._memory = HostMemory()
         self._copied = threading.Event()
         self._copied.set()
@@ -157,6 +159,10 @@ class Saver:
             return replace(saved, error=error)
         self.failures, self._last = 0, path
         warnings = list(saved.warnings)
+        try:
+            warnings += self._write_beside()
+        except OSError as error:
+            warnings.append(f"a resume may not find its settings: {error}")
         exported, deleted = [], list[Path]()
         for target, make in exports.items():
             try:
@@ -169,6 +175,12 @@ class Saver:
         except OSError as error:
             warnings.append(f"cannot delete old checkpoints: {error}")
         return replace(saved, path=path, exported=tuple(exported), deleted=tuple(deleted), warnings=tuple(warnings))
+
+    def _write_beside(self) -> list[str]:
+        gone = [path for path in self._beside if not path.exists()]
+        for path in gone:
+            write_atomically(path, Bytes(self._beside[path]), self._files)
+        return [f"{path} was gone, and is written again: what was in its folder is not there any more" for path in gone]
 
     def _commit(self, step: int, contents: Contents) -> Path:
         try:

@@ -543,6 +543,20 @@ def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Pa
     injected("checkpoint folder removed under way", 1)
 
 
+def test_a_run_whose_folder_was_moved_away_under_way_can_be_resumed(world: World, straight: Path) -> None:
+    config = world.settings("moved")
+
+    def move() -> None:
+        os.rename(newest_run(world.logdir(config)), world.folder / "moved away")
+
+    assert world.train(config, at={3: move, 5: stop()}) == 143
+    assert steps(world.folder / "moved away") == [2]
+    run = newest_run(world.logdir(config))
+    assert steps(run) == [4, 5] and any("was gone" in event["message"] for event in events(run, "save"))
+    assert world.train(config, "--resume", "latest") == 0
+    assert tensors_of(run, 6) == tensors_of(straight, 6)
+
+
 def test_blocking_and_background_saves_write_the_same(world: World, straight: Path) -> None:
     config = world.settings("blocking", background_save=False)
     assert world.train(config) == 0
