@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -436,6 +437,13 @@ def test_a_broken_memory_is_ignored(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"a.png": 5}', '{"a.png": [1, 2]}'):
         memory.write_text(content)
         assert scanned(tmp_path / "data", cache_dir=tmp_path / "cache") == first
+    (row,) = json.loads(memory.read_text()).values()
+    for width in ("x", 0, None):
+        memory.write_text(json.dumps({"a.png": [*row[:2], width, *row[3:]]}))
+        assert scanned(tmp_path / "data", cache_dir=tmp_path / "cache") == first
+    shutil.rmtree(memory.parent)
+    memory.parent.write_text("a file in the folder's place")
+    assert scanned(tmp_path / "data", cache_dir=tmp_path / "cache") == first
 
 
 def test_the_scan_does_not_depend_on_the_number_of_workers(tmp_path: Path) -> None:

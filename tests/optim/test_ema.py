@@ -223,3 +223,9 @@ def test_an_average_on_the_cpu_equals_one_on_the_gpu(dtype: torch.dtype) -> None
         averages.append(ema.tensors())
     for name, value in averages[0].items():
         torch.testing.assert_close(value.cpu(), averages[1][name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_decay_that_is_told_is_that_of_the_last_update() -> None:
+    ema = EMA({"w": torch.zeros(1)}, 0.9, interval=4)
+    assert [ema.metrics(step) for step in (1, 3)] == [{}, {}]
+    assert [ema.metrics(step)["ema_decay"] for step in (4, 7, 8)] == [ema_decay(step, 0.9, 4) for step in (4, 4, 8)]

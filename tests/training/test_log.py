@@ -216,7 +216,7 @@ def test_a_torn_line_is_removed_even_where_nothing_is_too_new(tmp_path: Path) ->
 
 
 def test_torn_lines_are_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\n[3]\n{"step": 2}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\n[3]\n{"step": "x"}\n{"step": 2}\n{"st')
     assert [record["step"] for record in jsonl.read(tmp_path / "metrics.jsonl")] == [1, 2]
     assert list(jsonl.read(tmp_path / "nothing.jsonl")) == []
 

@@ -17,8 +17,9 @@ import pytest
 from everydream.errors import CheckpointError, ConfigError, SaveError
 from everydream.training import checkpoint
 from everydream.training.lock import Lock
-from everydream.training.resuming import find_start
+from everydream.training.resuming import Start, check_settings, find_start
 from everydream.training.runfolder import Run, make_run, model_in, resolve_resume, runs, title_of
+from everydream.training.state import TrainState
 from everydream.training.storage import Bytes
 from tests.training.processes import on_processes
 
@@ -81,7 +82,7 @@ def test_a_checkpoint_is_known_by_the_settings_that_it_was_trained_with(tmp_path
     assert "earlier" not in run.about
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"run": {}, "settings": {}}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"run": {}, "settings": {}}', "[" * 100_000], ids=range(5))
 def test_a_config_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
     run = make(tmp_path, steps=(1,))
     run.config.write_text(text)
@@ -90,6 +91,17 @@ def test_a_config_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
     if not run.about:
         with pytest.raises(CheckpointError, match=r"config\.json is missing or not whole"):
             resume("latest", tmp_path)
+
+
+def test_a_record_that_lacks_what_is_compared_is_named(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=(1,))
+    start = Start(run.folder, run.checkpoints / checkpoint.name_of(1), TrainState(step=1))
+
+    def changes(old: Any, new: Any) -> Any:
+        return old["settings"]["batch_size"], new
+
+    with pytest.raises(CheckpointError, match=r"config\.json is not whole \(KeyError: 'batch_size'\)"):
+        check_settings(start, record(), changes, resume_changed=False)
 
 
 def test_a_counter_that_is_no_number_counts_as_none(tmp_path: Path) -> None:
