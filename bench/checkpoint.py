@@ -1,9 +1,9 @@
 """What a save costs training: python bench/checkpoint.py [--size demo small] [--device cuda]
 
 A bare loop trains a UNet with AdamW and an average of its weights, and saves both ways, in turns: waiting for the disk,
-and in the background. Lost: how much longer the steps from the beginning to the end of a background save took, with the
-snapshot before them, than as many steps without a save, timed before and after it; as a share of the time that a
-waiting save takes. One thread trains, so a second core is there for the writer.
+and in the background. Lost: the beginning of a background save, and how much longer the steps until its end took than
+steps without a save, timed before and after it; as a share of the time that a waiting save takes. One thread trains, so
+a second core is there for the writer.
 
 "Neighbour": what training loses, as the same share, while another process that shares nothing with it hashes and writes
 those files. Cores share their memory, so on many machines this is not nothing; no way of saving can cost less.
@@ -41,11 +41,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         rows = [measure(size, options, Path(folder)) for size in options.size]
     for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
+        said = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+        print("  ".join(f"{key} {value}" for key, value in said.items()))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -60,64 +57,61 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     step, contents = training(model, resolution, options.device, lambda: settle[0]())
     savers = {way: Saver(folder / size / way, background=way == "background", keep_last=1) for way in WAYS}
     settle[0] = savers["background"].settle
-    timed: dict[str, list[float]] = {
-        key: [] for key in ("step", "waiting", "lost", "neighbour", "snapshot", "background")
-    }
+    seconds: dict[str, list[float]] = {key: [] for key in ("step", "waiting", "begin", "snapshot", "background")}
+    longer: dict[str, list[list[float]]] = {"save": [], "neighbour": []}
     for number in range(options.rounds + 1):
         savers["waiting"].save(number, contents())
         [waiting] = savers["waiting"].outcomes()
-        before = timer(step, options.steps)
-        began, done = time.perf_counter(), 0
-        savers["background"].save(number, contents())
-        while not (outcomes := savers["background"].outcomes()):
-            step()
-            done += 1
-        beside_save = time.perf_counter() - began, done
-        between = timer(step, options.steps)
+        alone = [timed(step) for _ in range(options.steps)]
+        begin = timed(lambda number=number: savers["background"].save(number, contents()))  # type: ignore[misc]
+        beside_save, saved = [], []
+        while not (saved := savers["background"].outcomes()):
+            beside_save.append(timed(step))
+        alone += [timed(step) for _ in range(options.steps)]
         beside_other = beside(step, next((folder / size / "waiting").iterdir()), folder / size / "neighbour")
-        after = timer(step, options.steps)
+        alone += [timed(step) for _ in range(options.steps)]
         if number == 0:
             continue  # the first save takes its memory, and the disk's cache is cold
-        seconds = {
-            "step": between,
-            "waiting": waiting.seconds,
-            "lost": longer(*beside_save, (before + between) / 2),
-            "neighbour": longer(*beside_other, (between + after) / 2),
-            "snapshot": outcomes[0].held_s,
-            "background": outcomes[0].seconds,
-        }
-        for key, value in seconds.items():
-            timed[key].append(value)
-    medians = {f"{key}_s": statistics.median(values) for key, values in timed.items()}
-    shares = {
-        f"{key}_share": statistics.median(
-            part / whole for part, whole in zip(timed[key], timed["waiting"], strict=True)
-        )
-        for key in ("lost", "neighbour")
-    }
+        usual = statistics.median(alone)
+        longer["save"].append([one - usual for one in beside_save])
+        longer["neighbour"].append([one - usual for one in beside_other])
+        values = (usual, waiting.seconds, begin, saved[0].held_s, saved[0].seconds)
+        for key, value in zip(seconds, values, strict=True):
+            seconds[key].append(value)
+    medians = {f"{key}_s": statistics.median(values) for key, values in seconds.items()}
+    lost = medians["begin_s"] + in_sum(longer["save"])
+    shares = {"lost_share": lost / medians["waiting_s"]}
+    shares["neighbour_share"] = in_sum(longer["neighbour"]) / medians["waiting_s"]
     checkpoint = next((folder / size / "waiting").iterdir())
     written = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    return {"size": size, "device": options.device, "bytes": written, **medians, **shares}
+    return {"size": size, "device": options.device, "bytes": written, **medians, "lost_s": lost, **shares}
 
 
-def beside(step: Callable[[], None], checkpoint: Path, target: Path) -> tuple[float, int]:
-    """(seconds, steps) of training while another process hashes and writes a checkpoint's files."""
+def in_sum(longer: list[list[float]]) -> float:
+    """Over the first, second, … step of a save, the median over the rounds of how much longer it took. A shared
+    machine stops for a moment now and then: in a sum over the steps of one round that is more than what is sought."""
+    count = statistics.median_low(map(len, longer))
+    return sum(statistics.median(one[at] for one in longer if len(one) > at) for at in range(count))
+
+
+def beside(step: Callable[[], None], checkpoint: Path, target: Path) -> list[float]:
+    """Seconds of each step while another process hashes and writes a checkpoint's files."""
     target.mkdir(exist_ok=True)
     command = [sys.executable, "-c", NEIGHBOUR, str(checkpoint), str(target)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
         process.stdout.readline()  # it has read them
         process.stdin.close()
-        began, done = time.perf_counter(), 0
+        seconds = []
         while process.poll() is None:
-            step()
-            done += 1
-        return time.perf_counter() - began, done
+            seconds.append(timed(step))
+        return seconds
 
 
-def longer(seconds: float, steps: int, alone: float) -> float:
-    """Than these steps take without anything beside them, `alone` seconds each."""
-    return seconds - steps * alone
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 NEIGHBOUR = """
@@ -175,14 +169,6 @@ def training(
         return {**model, "optimizer.safetensors": Tensors(tensors), "ema.safetensors": Tensors(ema.tensors())}
 
     return step, contents
-
-
-def timer(step: Callable[[], None], count: int) -> float:
-    """Seconds a step."""
-    began = time.perf_counter()
-    for _ in range(count):
-        step()
-    return (time.perf_counter() - began) / count
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Room:
     """Memory for one file's tensors, one after the other without gaps. `places`: where each goes, by name."""
 
     def __init__(self, file: Tensors) -> None:
-        self.shapes, self.metadata = file.shapes(), file.metadata
+        self.shapes, self.metadata = file.shapes, file.metadata
         order = file.order()
         self.header = file.header(order)
         self.pieces: list[Tensor] = []
@@ -56,7 +56,7 @@ class Room:
         self.nbytes = sum(piece.nbytes for piece in self.pieces)
 
     def is_for(self, file: Tensors) -> bool:
-        return self.shapes == file.shapes() and self.metadata == file.metadata
+        return self.shapes == file.shapes and self.metadata == file.metadata
 
 
 class HostMemory:
@@ -69,7 +69,7 @@ class HostMemory:
 
     def missing(self, files: Mapping[str, Tensors]) -> int:
         """Bytes that copying these files' tensors would have to get from the system."""
-        sizes = {name: sum(map(_bytes, file.shapes().values())) for name, file in files.items()}
+        sizes = {name: sum(map(_bytes, file.shapes.values())) for name, file in files.items()}
         return sum(size for name, size in sizes.items() if name not in self._rooms or self._rooms[name].nbytes != size)
 
     def copy(self, files: Mapping[str, Tensors], ready: Ready | None = None) -> dict[str, Laid]:

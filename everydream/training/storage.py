@@ -222,8 +222,9 @@ def remove_tree(files: Files, path: Path) -> None:
 def sha256_of(path: Path) -> Written:
     """Size and hash of a file, read through."""
     digest, size = hashlib.sha256(), 0
+    piece = memoryview(bytearray(CHUNK))  # one for all: memory got and given back each time stops training's threads
     with open(path, "rb", buffering=0) as file:
-        while piece := file.read(CHUNK):
-            digest.update(piece)
-            size += len(piece)
+        while count := file.readinto(piece):
+            digest.update(piece[:count])
+            size += count
     return Written(size, digest.hexdigest())

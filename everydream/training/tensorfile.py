@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -59,6 +60,7 @@ class Tensors:
         for _, tensor in order:
             out.write(as_bytes(tensor.detach().to("cpu", self.dtype_of(tensor))))
 
+    @cached_property
     def shapes(self) -> Shapes:
         """Of each tensor, as it stands in the file."""
         return {name: (self.dtype_of(tensor), tensor.shape) for name, tensor in self.tensors.items()}
