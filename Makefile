@@ -51,15 +51,21 @@ test-faults: $(VENV)/.installed ## all injected faults, in their long form
 	$(PYTEST) tests/faults
 
 test-gpu: $(GPU_READY) ## what needs a CUDA card
-	$(QUIET) $(GPU_PYTHON) -m pytest -m "gpu"
+	$(QUIET) $(GPU_PYTHON) -m pytest -m "gpu" -o filterwarnings=default tests/gpu tests/optim \
+		tests/training/test_optimizer_state.py tests/training/test_checkpoint_snapshot.py
 
 wheel: $(VENV)/.installed ## build the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
-bench: $(VENV)/.installed ## docs/speed.md's figures for a CPU, anew (half an hour)
-	$(QUIET) $(BIN)/python bench/startup.py
-	$(QUIET) $(BIN)/python bench/speed.py --size demo small --batch 1 4 --json bench/results/speed.json
-	$(QUIET) $(BIN)/python bench/speed.py --size demo --batch 4 --processes 1 2 --json bench/results/processes.json
+RESULTS := bench/results
+bench: $(VENV)/.installed ## docs/speed.md's tables for a CPU, anew (an hour and a half, on a quiet machine)
+	$(QUIET) $(BIN)/python bench/startup.py --json $(RESULTS)/startup.json
+	$(QUIET) $(BIN)/python bench/speed.py --json $(RESULTS)/speed_demo.json
+	$(QUIET) $(BIN)/python bench/speed.py --size small --batch 1 --rounds 3 --steps 25 --json $(RESULTS)/speed_small.json
+	$(QUIET) $(BIN)/python bench/speed.py --batch 4 --processes 1 2 --rounds 3 --json $(RESULTS)/processes.json
+	$(QUIET) $(BIN)/python bench/each.py --steps 40 --json $(RESULTS)/each.json
+	$(QUIET) $(BIN)/python bench/checkpoint.py --size demo small --rounds 9 --json $(RESULTS)/checkpoint.json
+	$(QUIET) $(BIN)/python bench/memory.py --json $(RESULTS)/memory.json
 
 bench-gpu: $(GPU_READY) ## the same on a CUDA card
 	$(GPU_PYTHON) bench/gpu.py --json bench/results/gpu.json

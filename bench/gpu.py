@@ -2,12 +2,12 @@
 
 Random-weight UNets of Stable Diffusion's sizes at 512 px, bf16. Four loops, in turns, medians over the rounds:
   bare     cached latents and text, forward, backward, clip, fused AdamW: nothing else
-  usual    what the usual script does each step: VAE and text encoding, autocast, foreach AdamW, `.item()`
-  trainer  ours, launched as users launch it, checkpoints and previews off
-  8 bit    the same with adamw8bit, the default
---compile, or --compile max, is for bare and the trainer. Peaks are of training, what is made before it left out.
-With --json the file is written after each size and batch, and what stands in it is not measured again: --minutes may
-end the bench early, and another call goes on. What does not fit the card has no numbers.
+  usual    what the usual script does each step: VAE and text encoding in bf16, autocast, foreach AdamW, `.item()`
+  trainer  ours, launched as users launch it, previews off, no save but the last
+  8 bit    the same with adamw8bit, the default (bitsandbytes lays weights out anew, so without channels_last)
+--compile, or --compile max, is for bare and the trainer, whose peak then counts compiling too; else peaks are of
+training. With --json the file is written after each run, and what stands in it is not measured again: --minutes may end
+the bench early, and another call goes on. What fails, most often for want of memory, is a row that says so.
 An image takes 2.41 TFLOP, forward and backward; the share is of this card's measured bf16 matrix product.
 """
 
@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "bench"))
 
 from models import model_of
-from speed import LOG_STEP, PICTURES, environment, machine
+from speed import PICTURES, environment, machine
 
 TFLOP_AN_IMAGE = 2.41
 WARM_UP = 10
@@ -44,93 +46,112 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=600.0, help="begin nothing after so long")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--settings", nargs="*", default=[], help="more of the trainer's, as --key=value without --")
+    parser.add_argument("--settings", nargs="*", default=[], help="more of the trainer's, as key=value")
     parser.add_argument("--compile", nargs="?", choices=list(COMPILE), default="false", const="true")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--loop", nargs=4, metavar=("KIND", "MODEL", "RESOLUTION", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.loop:
-        kind, model, resolution, batch = options.loop
-        print(json.dumps(loop(kind, Path(model), int(resolution), int(batch), options.steps, options.compile)))
+    if options.child:
+        print(json.dumps(in_child(*options.child, steps=options.steps, compiled=options.compile)))
         return
-    began, peak = time.monotonic(), matmul_peak()
-    rows = known(options.json, options.compile)
+    began = time.monotonic()
+    found = json.loads(options.json.read_text()) if options.json and options.json.is_file() else {"rounds": []}
     with tempfile.TemporaryDirectory() as folder:
-        for size in options.size:
-            model, resolution = model_of(size, Path(folder))
-            for batch in options.batch:
-                late = time.monotonic() - began > 60 * options.minutes
-                if late or any((one["size"], one["batch"]) == (size, batch) for one in rows):
-                    continue
-                found = rounds_of(model, resolution, Path(folder) / f"logs-{size}-{batch}", batch, options)
-                rows += [row(size, batch, kind, rounds, peak) for kind, rounds in found.items()]
-                print_rows(rows[-len(found) :])
-                if options.json:
-                    so_far = {"machine": card(peak), "compile": options.compile, "rows": rows}
-                    options.json.write_text(json.dumps(so_far, indent=1, allow_nan=False) + "\n")
+        for where in turns(options):
+            if time.monotonic() - began > 60 * options.minutes:
+                break
+            if is_known(where, found["rounds"]):
+                continue
+            found.setdefault("machine", None)
+            found["machine"] = found["machine"] or child(["card"])
+            found["rounds"].append({**where, **measured(where, Path(folder), options)})
+            if options.json:
+                options.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    if found["rounds"]:
+        print_table(found)
 
 
-def known(path: Path | None, compiled: str) -> list[dict[str, Any]]:
-    """What an earlier call has measured with the same --compile."""
-    if path is None or not path.is_file():
-        return []
-    before = json.loads(path.read_text())
-    return before["rows"] if before["compile"] == compiled else []
+def turns(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for size in options.size:
+        for batch in options.batch:
+            for number in range(options.rounds):
+                for kind in (*LOOPS, *TRAINERS):
+                    compiled = options.compile if kind in ("bare", "trainer", "8 bit") else "false"
+                    yield {"size": size, "batch": batch, "loop": kind, "compile": compiled, "round": number}
 
 
-def rounds_of(
-    model: Path, resolution: int, logs: Path, batch: int, options: argparse.Namespace
-) -> dict[str, list[dict[str, float]]]:
-    """Each loop's rounds, in turns; none of one that does not fit."""
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in (*LOOPS, *TRAINERS)}
-    too_large: set[str] = set()
-    for number in range(options.rounds):
-        for kind in [kind for kind in found if kind not in too_large]:
-            if kind in LOOPS:
-                one = child(kind, model, resolution, batch, options.steps, options.compile)
-            else:
-                settings = [f"compile={options.compile}", *options.settings]
-                name = logs.with_name(f"{logs.name}-{TRAINERS[kind]}-{number}")
-                one = trainer(model, resolution, name, batch, options.steps, TRAINERS[kind], settings)
-            if one is None:
-                too_large.add(kind)
-                found[kind] = []
-            else:
-                found[kind].append(one)
-    return found
+def is_known(where: dict[str, Any], rounds: list[dict[str, Any]]) -> bool:
+    """This one is measured, or an earlier round of it has failed."""
+    alike = [one for one in rounds if all(one[key] == where[key] for key in ("size", "batch", "loop", "compile"))]
+    return any(one["round"] == where["round"] or one["failed"] for one in alike)
 
 
-def row(size: str, batch: int, kind: str, rounds: list[dict[str, float]], peak: float) -> dict[str, Any]:
-    where = {"size": size, "batch": batch, "loop": kind}
-    if not rounds:
-        return {**where, "images_per_s": None, "share_of_peak": None, "peak_bytes": None}
-    images = statistics.median(one["images_per_s"] for one in rounds)
-    share, most = images * TFLOP_AN_IMAGE / peak, max(one["peak_bytes"] for one in rounds)
-    return {**where, "images_per_s": images, "share_of_peak": share, "peak_bytes": most}
+def measured(where: dict[str, Any], folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """images_per_s and peak_bytes; or `failed`: the last line of what went wrong, most often for want of memory."""
+    model, resolution = model_of(where["size"], folder)
+    kind, batch, compiled = where["loop"], where["batch"], where["compile"]
+    try:
+        if kind in LOOPS:
+            words = ["--steps", str(options.steps), "--compile", compiled]
+            one = child([kind, str(model), str(resolution), str(batch)], words)
+        else:
+            settings = dict(word.split("=", 1) for word in options.settings)
+            one = trainer(model, resolution, folder, batch, options.steps, TRAINERS[kind], compiled, settings)
+    except Failed as error:
+        return {"failed": str(error)}
+    return {**one, "failed": ""}
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    for one in rows:
-        told = "does not fit | | |"
-        if one["images_per_s"] is not None:
-            speed = f"{one['images_per_s']:.1f} images/s | {one['share_of_peak']:.1%}"
-            told = f"{speed} | {one['peak_bytes'] / 1e9:.1f} GB |"
-        print(f"| {one['size']} | {one['batch']} | {one['loop']} | {told}", flush=True)
+class Failed(Exception):
+    """The last line of what a process said."""
 
 
-def child(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float] | None:
-    words = ["--steps", str(steps), "--compile", compiled, "--loop", kind, str(model), str(resolution), str(batch)]
-    command = [sys.executable, __file__, *words]
-    told = output_of(command)
-    return None if told is None else json.loads(told.splitlines()[-1])
-
-
-def output_of(command: list[str]) -> str | None:
-    """None where the card's memory is not enough. Raises SystemExit with what else went wrong."""
+def child(what: list[str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """In a process of its own, so that the card's memory is free for the next."""
+    command = [sys.executable, __file__, *words, "--child", *what]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
-    if done.returncode and "OutOfMemoryError" not in done.stderr:
-        raise SystemExit(done.stderr)
-    return None if done.returncode else done.stdout
+    if done.returncode:
+        raise Failed(last_line(done.stderr))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if "Error" in line] or text.splitlines()
+    return lines[-1].strip() if lines else "no word"
+
+
+def in_child(kind: str, *words: str, steps: int, compiled: str) -> dict[str, Any]:
+    if kind == "card":
+        return card()
+    model, resolution, batch = words
+    return loop(kind, Path(model), int(resolution), int(batch), steps, compiled)
+
+
+def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a size, batch, loop and --compile: medians over the rounds, the largest peak."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for one in found["rounds"]:
+        groups.setdefault(tuple(one[key] for key in ("size", "batch", "loop", "compile")), []).append(one)
+    rows = []
+    for (size, batch, kind, compiled), rounds in groups.items():
+        row = {"size": size, "batch": batch, "loop": kind, "compile": compiled, "rounds": len(rounds)}
+        row["failed"] = next((one["failed"] for one in rounds if one["failed"]), "")
+        if not row["failed"]:
+            row["images_per_s"] = statistics.median(one["images_per_s"] for one in rounds)
+            row["share_of_peak"] = row["images_per_s"] * TFLOP_AN_IMAGE / found["machine"]["bf16_tflops"]
+            row["peak_bytes"] = max(one["peak_bytes"] for one in rounds)
+        rows.append(row)
+    return rows
+
+
+def print_table(found: dict[str, Any]) -> None:
+    print("| size | batch | loop | compile | images/s | of the peak | memory |\n|" + " --- |" * 7)
+    for one in rows_of(found):
+        told = f"{one['failed']} | | |"
+        if not one["failed"]:
+            speed = f"{one['images_per_s']:.1f} | {one['share_of_peak']:.1%}"
+            told = f"{speed} | {one['peak_bytes'] / 1e9:.1f} GB |"
+        print(f"| {one['size']} | {one['batch']} | {one['loop']} | {one['compile']} | {told}", flush=True)
 
 
 def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compiled: str) -> dict[str, float]:
@@ -157,6 +178,9 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compil
     text_NLD = family.encode_text(tokens_NKL)
     if is_bare:
         family.drop_text_encoder()
+        family.drop_vae()
+    else:
+        vae = family.hold("vae").to(torch.bfloat16)
     path = NoisePath.from_scheduler_config(facts.scheduler_config).to("cuda")
     parameters = list(family.parameters_of("unet").values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=is_bare, foreach=not is_bare)
@@ -170,9 +194,10 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compil
         if is_bare:
             latents_BCHW, text_BLD = latents_NCHW[at], text_NLD[at]
         else:
-            mean_BCHW, std_BCHW = family.encode_pixels(pixels_NCHW[at])
-            latents_BCHW = family.latents(mean_BCHW, std_BCHW, torch.randn_like(mean_BCHW))
-            text_BLD = family.encode_text(tokens_NKL[at])
+            mean_BCHW, std_BCHW = vae.encode(pixels_NCHW[at].to(torch.bfloat16).div(127.5).sub(1.0))
+            latents_BCHW = family.latents(mean_BCHW, std_BCHW, torch.randn_like(mean_BCHW)).float()
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+                text_BLD = family.encode_text(tokens_NKL[at])
         noise_BCHW = torch.randn_like(latents_BCHW)
         t_B = torch.randint(0, 1000, (batch,), device="cuda")
         with torch.autocast("cuda", torch.bfloat16):
@@ -190,32 +215,30 @@ def loop(kind: str, model: Path, resolution: int, batch: int, steps: int, compil
 
 
 def trainer(
-    model: Path, resolution: int, logs: Path, batch: int, steps: int, optimizer: str, settings: list[str]
-) -> dict[str, float] | None:
-    from tests.tiny import make_pictures
+    model: Path,
+    resolution: int,
+    folder: Path,
+    batch: int,
+    steps: int,
+    optimizer: str,
+    compiled: str,
+    settings: Mapping[str, Any],
+) -> dict[str, float]:
+    """Launched as users launch it. Raises Failed."""
+    import speed
 
-    pictures = logs.parent / f"pictures-{resolution}"
-    if not pictures.is_dir():
-        make_pictures(pictures, PICTURES, size=resolution, captions="a thing, number {i}")
-    optimizer_file = logs.parent / f"{optimizer}.json"
+    logs = folder / "logs"
+    shutil.rmtree(logs, ignore_errors=True)  # the last save is 11 GB of a Stable Diffusion 1.5 in float32
+    optimizer_file = folder / f"optimizer-{optimizer}.json"
     optimizer_file.write_text(json.dumps({"optimizer": optimizer, "lr": 1e-6}))
-    words = (
-        f"--base_model {model} --data_root {pictures} --logdir {logs} --cache_dir {logs.parent / 'cache'} "
-        f"--optimizer_config {optimizer_file} --batch_size {batch} --max_steps {steps + 2 * LOG_STEP} "
-        f"--log_step {LOG_STEP} --clip_grad_norm 1.0 --mixed_precision bf16 --disable_textenc_training "
-        "--cond_dropout 0 --save_every_n_epochs 0 --save_single_file false --tensorboard false --quiet"
-    ).split()
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", "--num_processes", "1"]
-    command = [*launch, str(ROOT / "scripts" / "train.py"), *words, *(f"--{word}" for word in settings)]
-    if output_of(command) is None:
-        return None
-    (metrics,) = logs.glob("*/metrics.jsonl")
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()][1:-1]
-    seconds = sum(LOG_STEP * batch / line["images_per_s"] for line in lines)
-    return {
-        "images_per_s": LOG_STEP * batch * len(lines) / seconds,
-        "peak_bytes": float(max(line["memory_bytes"] for line in lines)),
-    }
+    changes = {"optimizer_config": optimizer_file, "mixed_precision": "bf16", "compile": compiled, **settings}
+    try:
+        got = speed.trainer(model, speed.pictures_of(folder, resolution), logs, batch, steps, 1, changes)
+    except SystemExit as error:
+        raise Failed(last_line(str(error))) from None
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+    return {"images_per_s": got["steps_per_s"] * batch, "peak_bytes": got["memory_bytes"]}
 
 
 def matmul_peak() -> float:
@@ -234,10 +257,10 @@ def matmul_peak() -> float:
     return best
 
 
-def card(peak: float) -> dict[str, Any]:
+def card() -> dict[str, Any]:
     import torch
 
-    return {**machine(), "card": torch.cuda.get_device_name(), "bf16_tflops": peak}
+    return {**machine(), "card": torch.cuda.get_device_name(), "bf16_tflops": matmul_peak()}
 
 
 if __name__ == "__main__":

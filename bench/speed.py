@@ -254,6 +254,7 @@ def trainer(
         "steps_per_s": sum(count for count, _ in timed) / seconds,
         "data_wait_share": sum(line["data_wait_s"] for _, line in timed) / seconds,
         "peak_bytes": 1024.0 * usage.ru_maxrss,
+        "memory_bytes": float(max(line["memory_bytes"] for _, line in timed)),  # a card's, where there is one
     }
 
 
