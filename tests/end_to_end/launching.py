@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -42,7 +49,43 @@ def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str
     )
 
 
+def start(command: Sequence[str], folder: Path) -> subprocess.Popen[str]:
+    """For `outcomes`."""
+    said = {"env": environment(PYTHONFAULTHANDLER="1"), "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, **said)  # type: ignore[call-overload]
+
+
+def outcomes(started: Sequence[subprocess.Popen[str]], limit_s: float = LIMIT_S) -> list[tuple[int, str]]:
+    """(exit code, stderr) of each. What has not ended by then says where it stands, and is killed."""
+    with ThreadPoolExecutor(len(started)) as readers:
+        said = [readers.submit(process.communicate) for process in started]
+        late = wait(said, limit_s).not_done
+        if late:
+            family = [child for process in started for child in _family(process.pid)]
+            for signum in (signal.SIGABRT, signal.SIGKILL):
+                for process in family:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(signum)
+                time.sleep(3)
+        told = [one.result()[1] for one in said]
+    assert not late, "it never ended:\n" + "\n".join(told)
+    return [(process.returncode, text) for process, text in zip(started, told, strict=True)]
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    """The scripts, then their launcher."""
+    try:
+        launcher = psutil.Process(pid)
+        return [*launcher.children(recursive=True), launcher]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system gives to whoever asks for any: a launcher takes seconds until it listens."""
+    ports = list(range(20_000, 32_000))
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")

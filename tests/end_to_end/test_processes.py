@@ -115,21 +115,15 @@ def two_machines(words: list[str], folders: list[Path]) -> list[subprocess.Popen
                 "--main_process_port", port, "--rdzv_backend", "static", "--same_network",
                 "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
     return [
-        subprocess.Popen(
-            launching.accelerate([*launcher, "--machine_rank", rank], *words),
-            cwd=folder,
-            env=launching.environment(),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        launching.start(launching.accelerate([*launcher, "--machine_rank", rank], *words), folder)
         for rank, folder in enumerate(folders)
     ]
 
 
 def test_two_machines_train_together(words: Any, one: Path, tmp_path: Path) -> None:
     started = two_machines(words(tmp_path, max_steps=3), [tmp_path, tmp_path])
-    said = [process.communicate(timeout=launching.LIMIT_S)[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    ended = launching.outcomes(started)
+    assert [code for code, _ in ended] == [0, 0], ended
     assert draws(only_run(tmp_path)) == draws(one)[:6]
 
 
@@ -148,9 +142,7 @@ def test_a_lost_process_ends_the_job_and_the_resume_works(
     timeout_s = 20
     settings = {"save_every_n_steps": 5, "write_schedule": False, "process_timeout_minutes": timeout_s / 60}
     long = words(tmp_path, max_steps=100_000, **settings)
-    launcher = subprocess.Popen(
-        launching.two_processes(*long), cwd=tmp_path, env=launching.environment(), stderr=subprocess.PIPE, text=True
-    )
+    launcher = launching.start(launching.two_processes(*long), tmp_path)
     began = time.monotonic()
     while not list(tmp_path.glob("logs/*/checkpoints/step-*")):
         assert launcher.poll() is None and time.monotonic() - began < launching.LIMIT_S
@@ -158,8 +150,8 @@ def test_a_lost_process_ends_the_job_and_the_resume_works(
     children = psutil.Process(launcher.pid).children(recursive=True)
     os.kill(next(child.pid for child in children if child.environ().get("RANK") == lost), signum)
     # torch's launcher gives a hanging process 30 s to end; the rest is for a machine that is busy.
-    said = launcher.communicate(timeout=timeout_s + 150)[1]
-    assert launcher.returncode == 1
+    [(code, said)] = launching.outcomes([launcher], timeout_s + 150)
+    assert code == 1
     assert f"process {other} cannot reach the others" in said and "--resume latest" in said
     assert not [child for child in children if child.is_running()]
     if other == "0":
@@ -192,10 +184,10 @@ def test_machines_with_different_pictures_are_refused(words: Any, pictures: Path
     (tmp_path / "machine 1" / "pictures" / "picture_003.txt").write_text("another caption")
     there = words(tmp_path, data_root="/proc/self/cwd/pictures", max_steps=3)
     started = two_machines(there, [tmp_path / "machine 0", tmp_path / "machine 1"])
-    said = [process.communicate(timeout=launching.LIMIT_S)[1] for process in started]
-    assert all(process.returncode for process in started)
-    assert "process 1 differs from process 0 in 1: subject/picture_003.png" in said[0]
-    assert "Give all machines the same files" in said[0]
+    (code, said), (other, _) = launching.outcomes(started)
+    assert code and other
+    assert "process 1 differs from process 0 in 1: subject/picture_003.png" in said
+    assert "Give all machines the same files" in said
     assert not (tmp_path / "logs").exists()
 
 
