@@ -71,3 +71,6 @@ class Stopped(EveryDreamError):
         super().__init__(f"stopped by signal {signum}")
         self.signum = signum
         self.exit_code = 128 + signum
+
+    def __reduce__(self) -> tuple[type[Stopped], tuple[int]]:
+        return type(self), (self.signum,)  # to the other processes, as _Problems

@@ -25,8 +25,12 @@ Result = TypeVar("Result")
 PR_SET_PDEATHSIG = 1
 
 
+OPEN_FILES = 1 << 16  # each pack of a cache stays open; often 1,024 are allowed where nobody asks for more
+
+
 def before_torch() -> None:
     """A script's first act: what comes too late once torch is there, some seconds from now."""
+    allow_open_files()
     stop_with_launcher()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and where an import was is no news
@@ -196,6 +200,25 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def portable(error: Exception | None, rank: int) -> Exception | None:
+    """As it goes to the other processes: ours as it is, a library's as text, for it may not go through pickle."""
+    if error is None or isinstance(error, EveryDreamError):
+        return error
+    return RuntimeError(f"process {rank}: {error!r}")
+
+
+def allow_open_files() -> None:
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class Ranks:
     """What the processes of a run say to each other. With one process every method answers at once."""
 
@@ -252,16 +275,16 @@ class Ranks:
             )
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Each process does its share; a user's error on one of them is raised on all, so that none waits for it."""
+        """Each process does its share; an error on one of them is raised on all, so that none waits for it."""
         result: Result | None = None
-        error: EveryDreamError | None = None
+        error: Exception | None = None
         try:
             result = work()
-        except EveryDreamError as caught:
+        except Exception as caught:
             error = caught
-        failed = next((e for e in self.gather(error) if e is not None), None)
+        failed = next((e for e in self.gather(portable(error, self.rank)) if e is not None), None)
         if failed is not None:
-            raise failed
+            raise error or failed
         return result  # type: ignore[return-value]
 
     def main_first(self, work: Callable[[], Result]) -> Result:

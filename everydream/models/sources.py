@@ -34,7 +34,7 @@ class Header:
 
     path: Path
     shapes: Mapping[str, Shape]
-    dtypes: Mapping[str, str]
+    sizes: Mapping[str, int]  # bytes
     metadata: Mapping[str, str]
     bytes: int
     pickled: bool = False
@@ -55,8 +55,7 @@ class PartWeights:
 
     @property
     def bytes(self) -> int:
-        header = self.header
-        return sum(math.prod(header.shapes[m.original]) * DTYPE_BYTES[header.dtypes[m.original]] for m in self.moves)
+        return sum(self.header.sizes[move.original] for move in self.moves)
 
     @property
     def can_be_copied(self) -> bool:
@@ -93,7 +92,7 @@ def locate(base_model: str, *, revision: str | None, allow_pickle: bool) -> Path
 
 
 def read_header(path: Path, *, allow_pickle: bool, what: str = "base_model") -> Header:
-    """Names, shapes and dtypes of a weight file, checked against its size: a file cut short is found here."""
+    """Names, shapes and sizes of a weight file, checked against its size: a file cut short is found here."""
     if path.suffix != ".safetensors":
         return _read_pickled_header(path, allow_pickle, what)
     try:
@@ -104,12 +103,10 @@ def read_header(path: Path, *, allow_pickle: bool, what: str = "base_model") -> 
                 raise ValueError(f"its header is {length} bytes long, the file {size}")
             content = json.loads(file.read(length))
         metadata = content.pop("__metadata__", None) or {}
+        offsets = {name: entry["data_offsets"] for name, entry in content.items()}
         end = 0
-        for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
-            first, last = entry["data_offsets"]
-            count = DTYPE_BYTES[entry["dtype"]]
-            for side in entry["shape"]:
-                count *= side
+        for name, (first, last) in sorted(offsets.items(), key=lambda item: item[1]):
+            count = DTYPE_BYTES[content[name]["dtype"]] * math.prod(content[name]["shape"])
             if first != end or last - first != count:
                 raise ValueError(f"{name} is {last - first} bytes at {first}, {count} at {end} were due")
             end = last
@@ -122,7 +119,7 @@ def read_header(path: Path, *, allow_pickle: bool, what: str = "base_model") -> 
     return Header(
         path=path,
         shapes={name: tuple(entry["shape"]) for name, entry in content.items()},
-        dtypes={name: entry["dtype"] for name, entry in content.items()},
+        sizes={name: last - first for name, (first, last) in offsets.items()},
         metadata=metadata,
         bytes=size,
     )
@@ -134,13 +131,13 @@ def _read_pickled_header(path: Path, allow_pickle: bool, what: str) -> Header:
             f"{what}: {path} is a pickle file; use a .safetensors of the model, or set allow_pickle to true "
             "(only tensors are read from it even then)"
         )
-    from everydream.models.tensors import DTYPE_NAMES, read_pickled
+    from everydream.models.tensors import read_pickled
 
     tensors = read_pickled(path, device="meta", what=what)
     return Header(
         path=path,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        dtypes={name: DTYPE_NAMES[tensor.dtype] for name, tensor in tensors.items()},
+        sizes={name: tensor.nbytes for name, tensor in tensors.items()},
         metadata={},
         bytes=path.stat().st_size,
         pickled=True,

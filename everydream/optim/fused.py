@@ -2,10 +2,10 @@
 
 At no time are all gradients in memory: on a model of N float32 weights that saves nearly 4 N bytes. (LOMO, Lv et al.
 2023, "Full parameter fine-tuning for large language models with limited resources", for any optimizer.)
-The price: one process, no accumulation, no clipping by the whole norm and no fp16 loss scaling, for each needs all
-gradients at once; and an update cannot be withheld as a whole. The trainer therefore checks the loss before backward,
-a parameter whose gradient is not finite is left as it is, and `norms` shows it: the run goes back to its last good
-checkpoint.
+The price: one process, no accumulation, no clipping by the whole norm, no fp16 loss scaling, no second backward (class
+pictures) and none that is compiled, for each needs all gradients at once; and an update cannot be withheld as a whole.
+The trainer therefore checks the loss before backward, a parameter whose gradient is not finite is left as it is, and
+`norms` shows it: the run goes back to its last good checkpoint.
 
 State, groups and steps are the optimizer's own, so that checkpoints are those of the plain path.
 """
@@ -19,27 +19,6 @@ from functools import partial
 import torch
 
 from everydream.optim.partial import StepOnly, step_only
-
-
-def refusals(
-    *,
-    processes: int = 1,
-    accumulation: int = 1,
-    clip_norm: float | None = None,
-    scales_loss: bool = False,
-    has_class: bool = False,
-    is_compiled: bool = False,
-) -> list[str]:
-    """Why fused backward cannot be used here; empty where it can. The row's own reason is Row.cannot_fuse."""
-    reasons = {
-        f"{processes} processes exchange gradients once an update": processes > 1,
-        f"grad_accum {accumulation} adds gradients up before the update": accumulation > 1,
-        f"clip_grad_norm {clip_norm} needs the norm of all gradients before the first update": clip_norm is not None,
-        "class pictures have a backward of their own, and both make one update": has_class,
-        "a compiled backward gives all gradients at once, so that nothing would be saved": is_compiled,
-        "mixed_precision fp16 scales the loss, and unscales all gradients before the first update": scales_loss,
-    }
-    return [reason for reason, holds in reasons.items() if holds]
 
 
 class FusedBackward:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from everydream.errors import EveryDreamError, Stopped
-
-if TYPE_CHECKING:
-    from everydream.runtime import Ranks
+from everydream.errors import Stopped
+from everydream.runtime import Ranks, portable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,7 +36,7 @@ def divided(
                 done = [work(item) for item in mine]
             except Exception as caught:
                 error = caught
-        told = ranks.gather((signum, done, _portable(error, ranks.rank)))
+        told = ranks.gather((signum, done, portable(error, ranks.rank)))
         if error is not None:
             raise error
         for signum, _, others in told:
@@ -61,14 +59,7 @@ def on_main(ranks: Ranks, work: Callable[[], Result]) -> Result:
             result = work()
         except Exception as caught:
             error = caught
-    told, others = ranks.broadcast((result, _portable(error, 0)))
+    told, others = ranks.broadcast((result, portable(error, 0)))
     if error is not None or others is not None:
         raise error or others
     return told
-
-
-def _portable(error: Exception | None, rank: int) -> Exception | None:
-    """As it goes to the other processes: ours as it is, a library's as text, for it may not go through pickle."""
-    if error is None or isinstance(error, EveryDreamError):
-        return error
-    return RuntimeError(f"process {rank}: {error!r}")

@@ -84,8 +84,9 @@ class Previews(NoPreviews):
 
     def _make(self, pictures: Sequence[Picture]) -> list[bytes | str]:
         """For each picture a PNG, or why there is none."""
-        parts = together(self.ranks, self.parts)
+        parts = self.ranks.together(self.parts)
         self._mention_long(parts, pictures)
+        self.batch_size = min(self.ranks.gather(self.batch_size))  # one process may have run out of memory before
         todo = sampling.batches(pictures, self.batch_size)
         with self.log.task("preview", len(pictures)) as advance, parts.evaluating():
             done = divided(
@@ -173,20 +174,6 @@ class Previews(NoPreviews):
         if what not in self._told:  # the same trouble at each preview is one trouble
             self._told.add(what)
             self.log.event("preview", what, "warning", todo=todo)
-
-
-def together(ranks: Ranks, work: Callable[[], Result]) -> Result:
-    """What each process must do for itself before they go on together: one's failure is raised on all."""
-    results: list[Result] = []
-    error: Exception | None = None
-    try:
-        results.append(work())
-    except Exception as caught:
-        error = caught
-    failed = [reason for reason in ranks.gather(None if error is None else repr(error)) if reason is not None]
-    if failed:
-        raise error or RuntimeError(f"another process failed: {failed[0]}")
-    return results[0]
 
 
 def _png(image: Any) -> bytes:

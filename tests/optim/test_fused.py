@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from everydream.optim.clip import part_norms
-from everydream.optim.fused import FusedBackward, refusals
+from everydream.optim.fused import FusedBackward
 from everydream.optim.partial import step_only
 from everydream.optim.table import ROWS
 from tests.optim.problem import Net, assert_same, data, optimizer_of, train, weights
@@ -116,17 +116,6 @@ def test_step_only_touches_nothing_else(name: str) -> None:
 
 def test_only_rows_with_a_reason_cannot() -> None:
     assert set(ROWS) - set(FUSING) == {"prodigy", "schedulefree_adamw"}
-
-
-def test_refused_with_a_reason() -> None:
-    assert refusals() == []
-    assert "3 processes" in refusals(processes=3)[0]
-    assert "grad_accum 2" in refusals(accumulation=2)[0]
-    assert "clip_grad_norm 0.0" in refusals(clip_norm=0.0)[0]
-    assert "fp16" in refusals(scales_loss=True)[0]
-    assert "class pictures" in refusals(has_class=True)[0]
-    assert "compiled" in refusals(is_compiled=True)[0]
-    assert len(refusals(processes=2, accumulation=2, clip_norm=1.0, scales_loss=True)) == 4
 
 
 @pytest.mark.gpu

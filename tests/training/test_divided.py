@@ -34,7 +34,7 @@ def test_results_are_in_order_on_every_process_and_each_item_is_done_once(count:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("error", [DataError("a.png is broken"), RuntimeError("out of memory")])
+@pytest.mark.parametrize("error", [DataError("a.png is broken"), Stopped(15), RuntimeError("out of memory")])
 def test_the_error_of_one_process_ends_all(count: int, error: Exception) -> None:
     def work(ranks: Any) -> Any:
         def item(i: int) -> int:
@@ -47,8 +47,9 @@ def test_the_error_of_one_process_ends_all(count: int, error: Exception) -> None
     results = on_processes(count, work)
     assert results[4 % count] is error
     assert all(str(error) in str(result) for result in results)
-    if isinstance(error, DataError):
-        assert all(isinstance(result, DataError) for result in results)
+    if not isinstance(error, RuntimeError):
+        assert all(type(result) is type(error) for result in results)
+        assert {result.exit_code for result in results} == {error.exit_code}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from everydream.models.family import Family, load, read_facts
+from everydream.runtime import Ranks
 from everydream.training import grids, sampling
 from everydream.training.console import Console
 from everydream.training.log import RunLog, grid_files
@@ -39,14 +40,11 @@ def pipeline(family: Family) -> Any:
     return made
 
 
-class OneRank:
+class OneRank(Ranks):
     rank, count, is_main, device = 0, 1, True, torch.device("cpu")
 
-    def gather(self, item: Any) -> list[Any]:
-        return [item]
-
-    def broadcast(self, item: Any) -> Any:
-        return item
+    def __init__(self) -> None:
+        """Without an accelerator."""
 
 
 class Run:
@@ -323,6 +321,20 @@ def test_several_processes_make_what_one_makes(tmp_path: Path, tiny_model: Path)
     assert results[1][0][0].read_bytes() == results[3][0][0].read_bytes()
 
 
+def test_a_process_that_ran_out_of_memory_before_divides_the_work_as_the_others_do(
+    tmp_path: Path, family: Family
+) -> None:
+    def work(ranks: Any) -> list[list[Path]]:
+        run = Run(tmp_path / str(ranks.count), family)
+        run.previews.ranks, run.previews.batch_size = ranks, 1 if ranks.rank == 1 else 4
+        return [run(0), run(5)]
+
+    (tmp_path / "2").mkdir()
+    first, second = on_processes(2, work)
+    assert [len(paths) for paths in first] == [1, 1]
+    assert second == [[], []]
+
+
 def test_one_process_that_cannot_make_its_parts_leaves_no_other_waiting(tmp_path: Path, family: Family) -> None:
     def work(ranks: Any) -> list[Path]:
         def parts() -> Parts:
@@ -336,7 +348,7 @@ def test_one_process_that_cannot_make_its_parts_leaves_no_other_waiting(tmp_path
 
     first, second = on_processes(2, work)
     assert isinstance(first, RuntimeError)
-    assert "another process failed: OutOfMemoryError('no room')" in str(first)
+    assert str(first) == "process 1: OutOfMemoryError('no room')"
     assert isinstance(second, torch.OutOfMemoryError)
 
 
