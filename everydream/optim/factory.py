@@ -212,14 +212,17 @@ def flat_pays(name: str, groups: Sequence[Group], device: str | torch.device, pr
     return row is not None and row.elementwise and is_cpu and processes == 1 and mean < SMALL_TENSOR
 
 
-def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
-    """Schedule-free optimizers keep two sets of weights: eval() before a save, preview or validation, train() after.
+def has_two_sets(optimizer: torch.optim.Optimizer) -> bool:
+    """Of weights: schedule-free optimizers train one and are used with the other, eval() before a save, preview or
+    validation and train() after it."""
+    return all(callable(getattr(optimizer, switch, None)) for switch in ("train", "eval"))
 
-    Does nothing for the others.
-    """
-    switch = getattr(optimizer, "train" if training else "eval", None)
-    if switch is not None:
-        switch()
+
+def set_mode(optimizer: torch.optim.Optimizer, *, training: bool) -> None:
+    """Does nothing for optimizers with one set of weights."""
+    if has_two_sets(optimizer):
+        switch: Any = optimizer
+        switch.train() if training else switch.eval()
 
 
 def fused_on(device: str | torch.device) -> bool:

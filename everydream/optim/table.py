@@ -39,7 +39,6 @@ class Row:
     moments: float | None = 2  # numbers of state a weight, about (memory.py counts exactly); None: not known
     fused_flag: bool = False  # takes fused=True: one kernel for all tensors
     elementwise: bool = False  # each weight is updated from its own gradient and state alone: may be laid flat
-    has_train_eval: bool = False  # optimizer.eval() before saving, previews and validation, optimizer.train() after
     on_cpu: str = ""
     cannot_clip: str = ""
     cannot_schedule: str = ""  # other than constant (with or without warm-up)
@@ -98,7 +97,7 @@ _ROWS = (
         cannot_round="its step size is estimated from all parameters of a part together"),
     Row("schedulefree_adamw", "schedulefree.AdamWScheduleFree", "AdamW that averages instead of decaying its lr",
         defaults={"lr": 5e-6, "betas": (0.9, 0.999), "epsilon": 1e-8, "weight_decay": 0.0},
-        package="schedulefree", extra="schedulefree", has_train_eval=True,
+        package="schedulefree", extra="schedulefree",
         cannot_schedule="it averages the weights instead of decaying the learning rate; warm-up is fine",
         cannot_fuse="its averaging weight is shared by all parameters of a group",
         cannot_round="it rewrites the weights on every switch between training and evaluation"),

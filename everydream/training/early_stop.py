@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,7 @@ class EarlyStop:
         history = []
         if trainer.log.folder is not None:
             records = jsonl.read(trainer.log.folder / METRICS)
-            history = [(r["step"], r[self.metric]) for r in records if r.get(self.metric) is not None]
+            history = [(r["step"], _number(r[self.metric])) for r in records if self.metric in r]
         self.history = trainer.ranks.broadcast(history)
         # A run that was stopped here is finished: a resume has nothing to do. Not by a validation of this very step,
         # which the next step would have looked at.
@@ -43,10 +44,8 @@ class EarlyStop:
 
     def after_step(self, trainer: Trainer) -> None:
         step, value = trainer.log.steps.get(self.metric), trainer.log.latest.get(self.metric)
-        if step is None or value is None:
-            return
-        if not self.history or self.history[-1][0] < step:
-            self.history.append((step, value))
+        if step is not None and (not self.history or self.history[-1][0] < step):
+            self.history.append((step, _number(value)))
         self._stop_if_due(trainer, self.history)
 
     def _stop_if_due(self, trainer: Trainer, history: Sequence[tuple[int, float]]) -> None:
@@ -58,9 +57,14 @@ class EarlyStop:
             )
 
 
+def _number(value: float | None) -> float:
+    """metrics.jsonl says null for what is not finite."""
+    return math.nan if value is None or not math.isfinite(value) else value
+
+
 def validations_since_best(values: Sequence[float], min_change: float = 0.0) -> int:
-    """0: the last one is the best."""
-    best, index = values[0], 0
+    """0: the last one is the best. What is not a number is no best."""
+    best, index = math.inf, 0
     for i, value in enumerate(values):
         if value < best - min_change:
             best, index = value, i

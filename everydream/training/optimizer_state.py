@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from everydream.optim.factory import has_two_sets
 from everydream.training.tagged import Decoder, Encoder
 from everydream.training.tensorfile import identity
 
@@ -80,11 +81,14 @@ def restore(
     `changed`: the optimizer's settings were changed on purpose, so hyperparameters that differ are the new ones.
     Raises CheckpointError where a tensor is missing.
     """
-    notes = [f"{part} was not trained before: its optimizer starts afresh" for part in optimizers if part not in saved]
+    notes: list[str] = []
     decoder = Decoder(tensors)
     for part, optimizer in optimizers.items():
         if part in saved:
             notes += _restore_part(part, optimizer, named[part], saved[part], decoder, changed)
+        else:
+            _start_afresh(optimizer)
+            notes.append(f"{part} was not trained before: its optimizer starts afresh")
     return notes
 
 
@@ -93,6 +97,7 @@ def _restore_part(
 ) -> list[str]:
     leaves = _leaves(optimizer)
     if [_dotted(leaf) for leaf in leaves] != [old["class"] for old in saved["leaves"]]:
+        _start_afresh(optimizer)
         return [f"{part} was trained with {saved['class']}: {_dotted(optimizer)} starts afresh"]
     names = {id(parameter): name for name, parameter in named.items()}
     state = {named[name]: decoder.each(values) for name, values in saved["state"].items() if name in named}
@@ -109,6 +114,15 @@ def _restore_part(
         for name, value in decoder.each(saved[WEIGHTS]).items():
             named[name].copy_(value)
     return _not_restored(part, optimizer, names, saved)
+
+
+def _start_afresh(optimizer: Optimizer) -> None:
+    """As it was made: in a roll-back it has steps behind it. What divides groups stays, and learning rates are set
+    before each step."""
+    optimizer.state.clear()
+    for leaf in _leaves(optimizer):
+        for group in leaf.param_groups:
+            group.update({key: value for key, value in leaf.defaults.items() if key not in ("lr", "weight_decay")})
 
 
 def _group_values(
@@ -235,8 +249,7 @@ def _attributes(leaf: Optimizer) -> dict[str, Any]:
 
 def _training_weights(optimizer: Optimizer, named: Named) -> dict[str, Tensor]:
     """Copies, for the caller then switches to the other set of weights, in place, before it writes the model."""
-    has_two_sets = any(hasattr(leaf, "train") and hasattr(leaf, "eval") for leaf in _leaves(optimizer))
-    return {name: parameter.detach().clone() for name, parameter in named.items()} if has_two_sets else {}
+    return {n: parameter.detach().clone() for n, parameter in named.items()} if has_two_sets(optimizer) else {}
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -163,7 +163,7 @@ def test_row_is_what_the_table_says_it_is(name: str) -> None:
     assert set(row.hyperparameters) <= set(table.HYPERPARAMETERS)
     assert set(row.defaults) == {"lr", *row.hyperparameters}
     optimizer = optimizer_of(Net(), name)
-    assert row.has_train_eval == hasattr(optimizer, "eval")
+    assert factory.has_two_sets(optimizer) == (name == "schedulefree_adamw")
 
 
 @rows

@@ -230,3 +230,17 @@ def test_a_drawn_seed_is_kept_by_a_resume(tiny_model: Path, pictures: Path, tmp_
     shutil.rmtree(run / "checkpoints" / "step-0000000004")
     assert start(*words, "--resume", "latest") == 0
     assert metrics(run) == first
+
+
+def test_a_schedule_free_class_is_saved_as_its_row_is(tiny_model: Path, pictures: Path, tmp_path: Path) -> None:
+    """By what it can do, not by its name: the weights that it is meant to be used with, not those that it trains."""
+    made = {}
+    for name in ("schedulefree_adamw", "schedulefree.AdamWScheduleFree"):
+        optimizer = tmp_path / "optimizer.json"
+        optimizer.write_text(f'{{"optimizer": "{name}", "lr": 1e-2}}')
+        assert start(*options(tiny_model, pictures, tmp_path / name, optimizer_config=optimizer, max_steps=3)) == 0
+        saved = tensors(only_run(tmp_path / name) / "checkpoints" / "step-0000000003")
+        made[name] = {key: value for key, value in saved.items() if key.startswith("model")}
+        trained = {key: value for key, value in saved.items() if "training_weights" in key}
+        assert trained and not any(torch.equal(value, made[name].get(key, value + 1)) for key, value in trained.items())
+    assert_same_tensors(*made.values())

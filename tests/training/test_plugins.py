@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from everydream.errors import ConfigError, DivergedError
+from everydream.training import jsonl
 from everydream.training.early_stop import EarlyStop, validations_since_best
 from everydream.training.log import NullLog
 from everydream.training.plugins import MOMENTS, PluginError, Plugins
@@ -202,9 +204,29 @@ def test_early_stop_decides_the_same_after_a_resume(tmp_path: Path) -> None:
     values = [3.0, 2.0, 1.0, 1.5, 1.5, 1.5]
     whole = stops_at(values, Soon())
     lines = [{"step": 10 * i, "loss_val": value} for i, value in enumerate(values[:4])]
-    others = [{"step": 5, "loss": 0.1}, {"step": 6, "loss_val": None}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*others, *lines]))
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [{"step": 0, "loss": 0.1}, *lines])
+    )
     assert stops_at(values, Soon(), tmp_path, start=30) == whole == 41
+
+
+@pytest.mark.parametrize("last", [1.5, math.nan])
+def test_early_stop_after_a_resume_looks_at_the_validation_of_the_checkpoints_own_step(
+    tmp_path: Path, last: float
+) -> None:
+    values = [3.0, 2.0, 1.0, 1.5, last]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(jsonl.encode({"step": 10 * i, "loss_val": value}).decode() for i, value in enumerate(values))
+    )
+    trainer: Any = FakeTrainer(tmp_path)
+    trainer.state.step = 40
+    plugin = Soon()
+    plugin.after_build(trainer)
+    assert not trainer.reason
+    trainer.state.step = 41  # nothing new was measured
+    plugin.after_step(trainer)
+    assert trainer.reason
+    assert stops_at(values * 2, Soon()) == 41
 
 
 def test_a_run_that_was_stopped_early_is_finished(tmp_path: Path) -> None:
@@ -221,6 +243,7 @@ def test_a_small_change_may_count_as_none() -> None:
     assert validations_since_best([3, 2, 1.99]) == 0
     assert validations_since_best([3, 2, 1.99], min_change=0.1) == 1
     assert validations_since_best([1.0]) == 0
+    assert validations_since_best([math.nan, 2.0, math.nan]) == 1
 
 
 def test_early_stop_without_validation_says_so() -> None:
