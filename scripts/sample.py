@@ -7,7 +7,6 @@ or a hub id. The same sampler, options and seeds as the previews of a training: 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,13 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a clone runs 
 from everydream.__main__ import named_if_missing
 
 with named_if_missing():
-    from everydream.errors import ConfigError, EveryDreamError, SaveError
+    from everydream.errors import CheckpointError, ConfigError, EveryDreamError, SaveError
     from everydream.models.family import Family, load, read_facts
     from everydream.training import prompts
+    from everydream.training.checkpoint import step_of
     from everydream.training.console import Console
     from everydream.training.prompts import SCHEDULERS, Picture, Sampling
     from everydream.training.quiet import quiet_libraries
-    from everydream.training.runfolder import model_in, require_average, title_of
+    from everydream.training.runfolder import Run, model_in, require_average, title_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,11 +106,14 @@ def sample(options: argparse.Namespace, console: Console) -> list[Path]:
 
 def recipe(model: str) -> dict[str, Any]:
     """Name → value of the settings of the run that made a checkpoint; empty for any other model."""
-    folder = Path(model).absolute()  # <run>/checkpoints/step-…/model
+    checkpoint = Path(model).absolute().parent  # <run>/checkpoints/step-…/model
+    step = step_of(checkpoint)
+    if step is None:
+        return {}
     try:
-        settings = json.loads((folder.parents[2] / "config.json").read_bytes())["settings"]
+        settings = Run(checkpoint.parents[1]).record_at(step)["settings"]
         return {name: entry["value"] for name, entry in settings.items()}
-    except (OSError, IndexError, ValueError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return {}
 
 

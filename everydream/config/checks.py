@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 
 from everydream.config.entries import Entry
@@ -146,10 +146,14 @@ class _Rules:
                 self._read_twice(key, root, other_key, other)
             elif _lies_in(other, root):
                 self._read_twice(other_key, other, key, root)
-        roots, logdir = self.values.get("data_root", ()), self.values.get("logdir")
-        if logdir is not None and any(_lies_in(logdir, root) for root in roots):
-            why = "previews would be trained on as the subject's. Choose another folder"
-            self._problem(("logdir", "data_root"), why)
+        for (key, root), written in product(self._pictures(), ("logdir", "save_ckpt_dir", "cache_dir")):
+            folder = self.values.get(written)
+            if folder is not None and _lies_in(folder, root):
+                why = (
+                    "previews would be read as pictures" if written == "logdir" else "nothing is written among pictures"
+                )
+                self._problem((written, key), f"{why}. Choose another folder")
+        roots = self.values.get("data_root", ())
         for name, extra in (self.values.get("validation.extra_manual_datasets") or {}).items():
             if any(_lies_in(extra, root) or _lies_in(root, extra) for root in roots):
                 text = f"{name} shares pictures with data_root: its loss says little about others"

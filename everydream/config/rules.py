@@ -95,6 +95,7 @@ WITHOUT_EFFECT: tuple[tuple[str, Callable[[Values], bool], str], ...] = (
     ("process_timeout_minutes", lambda v: v[PROCESSES] == 1, "there is one process"),
     ("sample_steps", lambda v: v["sample_prompts"] is None and v["sample_steps"] != 0,
      "without sample_prompts there are no previews"),
+    ("sample_prompts", lambda v: v["sample_steps"] == 0, "sample_steps is 0: there are no previews"),
     ("validate_every_n_steps", lambda v: v["validation_config"] is None, "there is no validation_config"),
     ("validation.manual_data_root", lambda v: v["validation.val_split_mode"] != "manual",
      "val_split_mode is not manual"),

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from everydream.optim.table import SCHEDULES as DECAYS
 
-# diffusers' name for a warm-up that no decay follows; `constant` alone has none (resolve.py: PartOptimizer)
+# diffusers' name for a warm-up that no decay follows; `constant` alone has none (parts.py)
 SCHEDULES = (*DECAYS, "constant_with_warmup")
 
 
@@ -317,7 +317,7 @@ class Settings(Tree):
     fused_backward: bool = Field(
         False,
         description="true: each weight is updated as soon as its gradient is there, which is then freed. "
-        "Needs one process, no accumulation, no clip_grad_norm, no fp16.",
+        "Needs one process, no accumulation, no clip_grad_norm, no fp16, no class pictures, no compile.",
     )
     gradient_checkpointing: bool = Field(
         False, description="true: activations are computed twice instead of kept: less memory, about a quarter slower."

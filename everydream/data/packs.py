@@ -6,6 +6,7 @@ packs of their own, and what both have is equal. A crash loses the pack under wa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -60,7 +61,10 @@ class Packs:
             try:
                 self._maps[path] = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))  # plain views cost less
             except OSError as error:
-                raise DataError(f"{path}: cannot be read ({error.strerror}): start again, it is made anew") from None
+                todo = "start again, it is made anew"
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    todo = f"allow more open files (ulimit -n), {len(self._maps)} packs are open"
+                raise DataError(f"{path}: cannot be read ({error.strerror}): {todo}") from None
         return self._maps[path]
 
     def read(self, name: str) -> np.ndarray:

@@ -8,11 +8,13 @@ across buckets and appended to one endless stream. Nothing here depends on proce
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +85,16 @@ class Plan:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._remember()
+
+    @cached_property
+    def signature(self) -> str:
+        """The same for plans that cut the same pictures in the same way, wherever they start."""
+        pictures = [
+            [size, identities, rate.p.tolist(), rate.q.tolist()]
+            for size, identities, rate in ((size, self.buckets[size], rate) for size, rate in self._rates.items())
+        ]
+        said = json.dumps([self.name, self.batch_size, self.seed, pictures])
+        return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
     def micro_batch(self, index: int) -> tuple[Draw, ...]:
         """`batch_size` draws of one bucket."""

@@ -158,7 +158,8 @@ def _notes_of(root: Root, findings: Findings) -> list[str]:
         notes.append(listed(title, [shown(found.path) for found in named]))
     cameras = [found for found in named if is_camera_name(found.path.stem)]
     if named and len(cameras) * 2 > len(named):
-        advice = "set instance_prompt or write captions"
+        prompt = {"subject": "instance_prompt", "class": "class_prompt"}.get(root.name.partition("-")[0])
+        advice = f"set {prompt} or write captions" if prompt else "write captions"
         title = f"{root.name}: most file names are a camera's, and they are the captions: {advice}"
         notes.append(listed(title, [shown(found.path.name) for found in cameras], limit=5))
     return notes

@@ -21,7 +21,7 @@ from everydream.models.family import Family
 from everydream.models.files import CopyOf, FileContent, TensorFile
 from everydream.optim.ema import EMA, NoEMA
 from everydream.training import optimizer_state
-from everydream.training.checkpoint import Skipped, find_latest
+from everydream.training.checkpoint import find_latest
 from everydream.training.saver import Contents, Exports
 from everydream.training.state import TrainState
 from everydream.training.storage import Bytes, Content, Copy
@@ -38,7 +38,8 @@ def no_exports(step: int) -> Exports:
 
 
 class Bag:
-    """`trained`: part → published name → parameter, of the parts with an optimizer. `exports(step)`: single files."""
+    """`trained`: part → published name → parameter, of the parts with an optimizer. `exports(step)`: single files.
+    `changed_at`: the step at which the run went on with settings that were changed on purpose, if it did."""
 
     def __init__(
         self,
@@ -52,10 +53,11 @@ class Bag:
         fingerprints: Mapping[str, Fingerprint],
         scaler: torch.amp.GradScaler | None = None,
         exports: Callable[[int], Exports] = no_exports,
+        changed_at: int = -1,
     ) -> None:
         self.checkpoints, self.family, self.state = checkpoints, family, state
         self.optimizers, self.trained, self.ema, self.scaler = optimizers, trained, ema, scaler
-        self.exports = exports
+        self.exports, self.changed_at = exports, changed_at
         self._data = Bytes(json.dumps(fingerprints, ensure_ascii=False, indent=0, sort_keys=True).encode())
 
     # Out
@@ -86,9 +88,10 @@ class Bag:
 
     # In
 
-    def restore(self, checkpoint: Path, *, weights: bool, changed: bool = False) -> list[str]:
+    def restore(self, checkpoint: Path, *, weights: bool) -> list[str]:
         """Optimizers, average and (if `weights`) the trained parts, bit for bit. Returns what could not be put back."""
         saved = read_state(checkpoint)
+        changed = saved.step <= self.changed_at
         if weights:
             for part, named in self._whole_parts().items():
                 put(read_tensors(checkpoint / MODEL / WEIGHTS[part]), named)
@@ -100,16 +103,17 @@ class Bag:
             self.scaler.load_state_dict(saved.scaler)
         return notes
 
-    def reload_latest(self, before: int) -> tuple[int | None, tuple[Skipped, ...]]:
+    def reload_latest(self, before: int) -> tuple[int | None, list[str]]:
         """For a roll-back: weights, optimizers and average of the newest valid checkpoint of a step before `before`.
 
-        Returns its step, and the ones that could not be used. The clock goes on.
+        Returns its step, and what could not be used or put back, a line each. The clock goes on.
         """
         found = find_latest(self.checkpoints, before)
+        told = [f"{skipped}: an older one is used" for skipped in found.skipped]
         if found.path is None:
-            return None, found.skipped
-        self.restore(found.path, weights=True)
-        return read_state(found.path).step, found.skipped
+            return None, told
+        told += self.restore(found.path, weights=True)
+        return read_state(found.path).step, told
 
 
 def read_state(checkpoint: Path) -> TrainState:

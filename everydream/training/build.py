@@ -27,7 +27,6 @@ from everydream.optim.clip import grad_holders
 from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
-from everydream.optim.table import row_of
 from everydream.runtime import StopRequest, is_lost_process
 from everydream.training import feed
 from everydream.training.bag import Bag, no_exports
@@ -208,7 +207,7 @@ class Build:
         if prepared.has_class:
             make_class_pictures(prepared, self.family)
             samples = prepared.class_pictures()
-            prepared.compare("class", samples, prepared.start.state.next_class_epoch)
+            prepared.compare("class", samples)
             self.sets["class"] = prepared.picture_set("class", samples)
 
     def _lays_weights_itself(self) -> bool:
@@ -258,10 +257,10 @@ class Build:
             fingerprints=prepared.fingerprints,
             scaler=prepared.accelerator.scaler,
             exports=self.single_files.of if self.settings.save_single_file else no_exports,
+            changed_at=start.state.step if self.settings.resume_changed else -1,
         )
         if start.checkpoint is not None:
-            changed = self.settings.resume_changed
-            prepared.notes += self.bag.restore(start.checkpoint, weights=False, changed=changed)
+            prepared.notes += self.bag.restore(start.checkpoint, weights=False)
         self._say_notes()
 
     def _make_update(self) -> Update:
@@ -373,9 +372,7 @@ class Build:
         if chosen.lr_decay_steps is None:
             self.state.lr_horizon = horizon
         factor = partial(lr_factor, name=chosen.lr_scheduler, warmup_steps=chosen.lr_warmup_steps, decay_steps=horizon)
-        row = row_of(chosen.optimizer)
-        assert row is not None
-        return Part(name, optimizer, base_lrs(optimizer), factor, row.has_train_eval)
+        return Part(name, optimizer, base_lrs(optimizer), factor)
 
     def _ema(self, trained: Mapping[str, Mapping[str, torch.nn.Parameter]]) -> EMA | NoEMA:
         settings = self.settings

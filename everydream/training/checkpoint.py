@@ -1,7 +1,7 @@
 """Checkpoints: a folder that is whole or is not there.
 
     checkpoints/step-0000001200/   immutable once it has this name
-        …                          model/, optimizer.safetensors, ema.safetensors, state.json
+        …                          model/, optimizer.safetensors, ema.safetensors, state.json, data.json
         MANIFEST.json              name → bytes, sha256; its own hash; written last
 
 A save writes a temporary folder beside the others, every file synced, the manifest last, and then renames it. So a

@@ -66,7 +66,7 @@ def _steps(prepared: Prepared) -> Iterator[str]:
         f"an update: {settings.batch_size} × {prepared.accumulation} accumulated × {prepared.ranks.count} processes = "
         f"{settings.batch_size * prepared.per_update} pictures"
     )
-    yield f"steps an epoch: {total / epochs:.4g}" if epochs else "steps an epoch: fewer than one epoch is trained"
+    yield f"steps an epoch: {plan.draws_in(plan.start[1]) / (settings.batch_size * prepared.per_update):.4g}"
     yield f"total steps: {total}, epochs: {epochs}"
     yield f"saves after step: {_listed(_saves(prepared), total)}"
     if settings.sample_prompts is not None and settings.sample_steps:

@@ -27,7 +27,6 @@ from everydream.errors import ConfigError, DataError
 from everydream.models.family import read_facts, tokenizer_for
 from everydream.models.layers import ATTENTION
 from everydream.optim import factory
-from everydream.optim.fused import refusals
 from everydream.optim.groups import Group, freeze_text_encoder, split
 from everydream.runtime import Ranks, StopRequest, make_accelerator, set_determinism
 from everydream.training.clock import Clock
@@ -95,6 +94,7 @@ class Prepared:
         resume = None if settings.resume is None else str(settings.resume)
         self.start, self.old_run = find_start(resume, settings.logdir, settings.project_name, self.ranks)
         if self.start.seed is not None and self.resolved.entries["seed"].origin == "drawn":
+            self.notes = [note for note in self.notes if not note.startswith(f"seed {settings.seed} ")]
             self._take_seed(self.start.seed)  # seed −1: a run keeps the one that it drew first
         if self.start.anew:
             self.warnings[self.start.anew] = "If there should be one: name its folder with --resume, or its logdir."
@@ -105,16 +105,16 @@ class Prepared:
     def _model(self) -> None:
         settings = self.settings
         if self.start.model is None:
-            self.facts = read_facts(
-                settings.base_model, settings.base_model_revision, settings.allow_pickle, settings.prediction_type
-            )
+            is_local = Path(settings.base_model).is_absolute()  # a revision is without effect then, and that was said
+            revision = None if is_local else settings.base_model_revision
+            self.facts = read_facts(settings.base_model, revision, settings.allow_pickle, settings.prediction_type)
         else:
             self.facts = read_facts(self.start.model)
         self.notes += self.facts.notes
         prediction = settings.prediction_type or self.facts.prediction_type
         steps = self.facts.num_train_timesteps
-        is_stated = self.resolved.entries["timestep_end"].origin != "default"
-        end = settings.timestep_end if is_stated else min(settings.timestep_end, steps)
+        is_default = settings.timestep_end == self.resolved.entries["timestep_end"].default  # up to the model's last
+        end = min(settings.timestep_end, steps) if is_default else settings.timestep_end
         wrong = objectives.problems(prediction, settings.enable_zero_terminal_snr, settings.timestep_start, end, steps)
         if settings.clip_skip >= self.facts.text_layers:
             wrong.append(f"clip_skip: {settings.clip_skip}, and the text encoder has {self.facts.text_layers} layers")
@@ -143,17 +143,6 @@ class Prepared:
                     wrong.setdefault(problem, []).append(part)
         if wrong:
             raise ConfigError([f"{', '.join(parts)}: {problem}" for problem, parts in wrong.items()])
-        if settings.fused_backward:
-            reasons = refusals(
-                processes=self.ranks.count,
-                accumulation=self.accumulation,
-                clip_norm=settings.clip_grad_norm,
-                scales_loss=settings.mixed_precision == "fp16",
-                has_class=self.has_class,
-                is_compiled=bool(settings.compile),
-            )
-            if reasons:
-                raise ConfigError([f"fused_backward cannot be used: {reason}" for reason in reasons])
         self.frozen = {part: self._frozen_names(part) for part in self.parts}
         self.groups = self.groups_of(self.facts.shapes)
 
@@ -220,8 +209,11 @@ class Prepared:
         self.sampling = Sampling(seed=settings.seed, width=width, height=height, size_step=step)
         self.tokenize = tokenizer_for(facts)
         self.scanned = self._scan_all()
+        self._require_class_pictures()
+        if settings.masked_loss and not any(one.mask_path for samples in self.scanned.values() for one in samples):
+            self.notes.append("masked_loss is without effect: no picture has a mask beside it")
         self.fingerprints: dict[str, Fingerprint] = {}
-        self.compare("subject", self.scanned["subject"], self.start.state.next_epoch)
+        self.compare("subject", self.scanned["subject"])
         samples, self.validation_sets = self._hold_out()
         self.subject = self.picture_set("subject", samples)
         plan = self.subject.plan
@@ -252,16 +244,21 @@ class Prepared:
                 todo = "Set lr_warmup_steps lower; it counts optimizer steps."
                 self.warnings[said + f"{chosen.lr:g} is never reached"] = todo
 
-    def compare(self, name: str, samples: Sequence[Sample], epoch: int) -> None:
-        """With what the checkpoint was trained on; accepted changes begin with `epoch`.
+    def _begin_plan(self, name: str) -> None:
+        """With the first epoch of which nothing was trained."""
+        state = self.start.state
+        epoch = state.next_class_epoch if name == "class" else state.next_epoch
+        state.plan_starts[name] = [state.step * self.per_update, epoch]
+
+    def compare(self, name: str, samples: Sequence[Sample]) -> None:
+        """With what the checkpoint was trained on.
 
         Raises DataError. Subject and class are compared each by itself: new ones of one leave the other's plan alone.
         """
         now = self.fingerprints[name] = fingerprint(samples)
         changed = check_data(self.start, name, now, self.settings.accept_data_changes)
         if changed:
-            state = self.start.state
-            state.plan_starts[name] = [state.step * self.per_update, epoch]
+            self._begin_plan(name)
             self.notes += [f"{name} pictures since the checkpoint: {line}" for line in changed]
 
     def rests(self) -> list[str]:
@@ -292,9 +289,21 @@ class Prepared:
             sets["class"] = ([folder], settings.class_prompt)  # missing ones are made once the model is there
         if validation is not None:
             if validation.val_split_mode == "manual":
-                sets["validation"] = ([validation.manual_data_root], None)
+                sets["validation"] = ([validation.manual_data_root], settings.instance_prompt)
             sets |= {f"validation-{name}": ([root], None) for name, root in validation.extra_manual_datasets.items()}
         return sets
+
+    def _require_class_pictures(self) -> None:
+        """A run that goes on has no base model any more that could make what is missing."""
+        wanted, folder = self.settings.num_class_images, self.settings.class_data_root
+        if not self.has_class or wanted is None or self.start.checkpoint is None:
+            return
+        there = len(self.pictures_in(folder)) if folder.is_dir() else 0
+        if there < wanted:
+            raise ConfigError(
+                f"num_class_images: {wanted}, and {folder} holds {there} pictures. They are made with the base model "
+                "when a run begins, and this one goes on: set num_class_images null to use what is there, or start anew"
+            )
 
     def class_pictures(self) -> Sequence[Sample]:
         """Checked; once missing ones are made."""
@@ -316,9 +325,21 @@ class Prepared:
         return samples
 
     def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
-        begin, epoch = self.start.state.plan_starts.get(name, (0, 0))
-        settings = self.settings
-        made = PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
+        """Raises nothing: what the checkpoint's plan was cut from otherwise (--resume_changed) begins anew."""
+        state, settings = self.start.state, self.settings
+
+        def made_from(start: Sequence[int]) -> PictureSet:
+            begin, epoch = start
+            return PictureSet.of(name, samples, self.gate.sizes, settings.batch_size, settings.seed, (begin, epoch))
+
+        made = made_from(state.plan_starts.get(name, (0, 0)))
+        how = [made.plan.signature, self.per_update]
+        if state.plans.get(name, how) != how:
+            self._begin_plan(name)
+            made = made_from(state.plan_starts[name])
+            epoch = made.plan.start[1]
+            self.notes.append(f"{name}: batches are cut otherwise than before, and begin anew with epoch {epoch}")
+        state.plans[name] = how
         named = {sample.identity: sample for sample in samples}
         self.notes += [_of(name, line) for line in size_notes(named, made.plan)]
         return made

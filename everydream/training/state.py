@@ -33,6 +33,8 @@ class TrainState:
     lr_horizon: int | None = None  # the step at which the learning rates end their decay
     # "subject", "class" → [micro-batch, epoch] at which the present plan of these pictures began; [0, 0] where not said
     plan_starts: dict[str, list[int]] = field(default_factory=dict)
+    # The same → what the plan cut from what, and micro-batches an update: what one must know to find its place in it
+    plans: dict[str, list[Any]] = field(default_factory=dict)
     threads: int | None = None  # a sum's rounding depends on them
     processes: int = 1
     scaler: dict[str, Any] = field(default_factory=dict)  # float16's loss scale

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from everydream.errors import DivergedError, SaveError
-from everydream.optim.factory import set_mode
+from everydream.optim.factory import has_two_sets, set_mode
 from everydream.optim.schedules import set_lr
 from everydream.runtime import is_lost_process, no_compiled_code
 from everydream.training.divided import on_main
@@ -44,7 +44,6 @@ class Part:
     optimizer: torch.optim.Optimizer
     base_lrs: list[float]
     lr_factor: Callable[[int], float]
-    has_train_eval: bool = False
 
     def set_lr(self, step: int) -> float:
         return set_lr(self.optimizer, self.base_lrs, self.lr_factor(step))
@@ -52,7 +51,7 @@ class Part:
 
 @dataclass
 class Trainer:
-    """A run under way. Made by build(); train() drives it."""
+    """A run under way. Made by Build.trainer; train() drives it."""
 
     state: TrainState
     clock: Clock
@@ -162,7 +161,7 @@ class Trainer:
                 optimizers = self.bag.capture()  # with the training weights, before averaged ones take their place
                 with averaged(self.parts):
                     self.saver.save(step, *self.bag.contents(optimizers), wait=wait)
-                    if any(part.has_train_eval for part in self.parts.values()):
+                    if any(has_two_sets(part.optimizer) for part in self.parts.values()):
                         self.saver.settle()
         self.report_saves(goes_on=not wait)
 
@@ -263,13 +262,17 @@ class Trainer:
             raise DivergedError(f"step {state.step}: diverged again after a roll-back. {advice}")
         on_main(self.ranks, self.saver.join)
         first = state.step - max(0, self._skips_in_a_row() - 1)
-        step, unusable = self.bag.reload_latest(before=first)
+        step, told = self.bag.reload_latest(before=first)
         if step is None:  # keep_last has let it go: updates left out since then have not touched the weights
-            step, unusable = self.bag.reload_latest(before=state.step)
-        for skipped in unusable:
-            self.log.event("roll_back", str(skipped), "warning", todo="An older checkpoint is used.")
-        if step is None:
-            raise DivergedError(f"step {state.step}: diverged, and there is no checkpoint to go back to. {advice}")
+            step, told = self.bag.reload_latest(before=state.step)
+        for line in told:
+            self.log.event("roll_back", line, "warning", todo="Training goes on without it.")
+        steps = self.ranks.gather(step)
+        if step is None or set(steps) != {step}:
+            unlike = (
+                "" if set(steps) == {step} else " that all processes see: logdir is not one folder for all machines"
+            )
+            raise DivergedError(f"step {state.step}: diverged, and no checkpoint to go back to{unlike}. {advice}")
         state.rollbacks.append([state.step, step])
         message = f"step {state.step}: back to the weights of step {step}, going on with the pictures after this step"
         self.log.event("rolled_back", message, "warning", todo=advice + ".", to=step)
@@ -327,7 +330,7 @@ class Trainer:
 @contextlib.contextmanager
 def averaged(parts: Mapping[str, Part]) -> Iterator[None]:
     """Schedule-free optimizers keep two points: they train at one and are meant to be used at the other."""
-    switching = [part.optimizer for part in parts.values() if part.has_train_eval]
+    switching = [part.optimizer for part in parts.values() if has_two_sets(part.optimizer)]
     weights = [p for optimizer in switching for group in optimizer.param_groups for p in group["params"]]
     kept = [weight.detach().clone() for weight in weights]
     for optimizer in switching:

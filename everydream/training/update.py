@@ -1,9 +1,9 @@
 """One optimizer update: micro-batches forward and backward, one small host read, then the step.
 
 Shapes: B pictures of a micro-batch, C channels, H × W of the latents, K × 77 tokens.
-DESIGN: update loss = Σ_subject wᵢlᵢ / N_subject + prior_loss_weight · Σ_class wⱼlⱼ / N_class, N over all processes and
-the accumulation. Micro-batches are always full, so N is known beforehand and each micro-batch is divided by its share;
-DDP's mean over processes does the rest.
+Update loss (docs/objective.md) = Σ_subject wᵢlᵢ / N_subject + prior_loss_weight · Σ_class wⱼlⱼ / N_class, N over all
+processes and the accumulation. Micro-batches are always full, so N is known beforehand and each micro-batch is divided
+by its share; DDP's mean over processes does the rest.
 """
 
 from __future__ import annotations
@@ -249,12 +249,9 @@ class FusedUpdate(Update):
         super().__init__(**arguments)
         self.fused = FusedBackward(self.optimizers, self.parameters)
 
-    def begin(self, step: int) -> None:
-        super().begin(step)
-        self.fused.begin()
-
     def backward(self, loss: torch.Tensor) -> None:
         self.settle()
+        self.fused.begin()  # here, not with the update: one that a signal ends before its picture leaves no trace
         if math.isfinite(loss.item()):
             super().backward(loss)
 

@@ -83,8 +83,9 @@ def test_bfloat16_weights_resume_bit_for_bit(interrupted: Interrupted) -> None:
     interrupted("bfloat16", [3], weights_dtype="bfloat16", mixed_precision="bf16")
 
 
-def test_fused_backward_resumes_bit_for_bit(interrupted: Interrupted) -> None:
-    interrupted("fused", [3], fused_backward=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fused_backward_resumes_bit_for_bit(interrupted: Interrupted, dtype: str) -> None:
+    interrupted(f"fused-{dtype}", [3], fused_backward=True, weights_dtype=dtype)
 
 
 def test_lines_after_the_checkpoint_are_superseded_not_doubled(world: World) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,14 @@ def steps(run: Path) -> list[int]:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in lines(run / "events.jsonl") if event["kind"] == kind]
+
+
+def after_the_save(run: Path) -> Path:
+    """The run's folder, once the save that is made beside the training is done."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("save step"):
+            thread.join()
+    return run
 
 
 def tensors_of(run: Path, step: int) -> dict[str, str]:
@@ -301,6 +310,28 @@ def test_another_seed_is_refused_unless_asked_for(world: World, capfd: pytest.Ca
     assert steps(newest_run(world.logdir(config))) == [2, 4]
 
 
+@pytest.mark.parametrize(
+    "changed", [{"grad_accum": 2}, {"batch_size": 1}, {"seed": 77}], ids=lambda one: next(iter(one))
+)
+def test_batches_cut_otherwise_begin_with_the_next_epoch(world: World, changed: dict[str, int]) -> None:
+    """No picture is passed over, trained twice in an epoch, or left out because steps are counted otherwise."""
+    name = f"recut-{next(iter(changed))}"
+    config = world.settings(name, max_steps=None, max_epochs=6, save_every_n_steps=None, write_schedule=True)
+    assert world.train(config, at={4: stop()}) == 143
+    words = [word for key, value in changed.items() for word in (f"--{key}", str(value))]
+    assert world.train(config, "--resume", "latest", "--resume_changed", *words) == 0
+    run = newest_run(world.logdir(config))
+    every = lines(run / "schedule.jsonl")
+    drawn = {at: [pair for line in every if (line["step"] > 4) == at
+                  for pair in zip(line["samples"], line["epochs"], strict=True)] for at in (False, True)}  # fmt: skip
+    assert len(set(drawn[True])) == len(drawn[True]) and not set(drawn[True]) & set(drawn[False])
+    first = 1 + max(epoch for _, epoch in drawn[False])
+    assert {epoch for _, epoch in drawn[True]} == set(range(first, 6))
+    counts = [sum(one == epoch for _, one in drawn[True]) for epoch in range(first, 6)]
+    assert sum(counts) >= 7 * len(counts) - 2 * 2, "but for what fills no last batch of each size"
+    assert any("begin anew with epoch" in event["message"] for event in events(run, "note"))
+
+
 def test_a_longer_run_goes_on(world: World, straight: Path) -> None:
     config = world.settings("longer", max_steps=3)
     assert world.train(config) == 0
@@ -452,6 +483,26 @@ def test_a_roll_back_finds_a_checkpoint_however_few_are_kept(world: World, monke
     assert [line["loss"] for line in null] == [None, None]
 
 
+@pytest.mark.parametrize("new", ["adamw", "lion"])
+def test_a_roll_back_past_changed_settings_keeps_the_new_ones(
+    world: World, monkeypatch: pytest.MonkeyPatch, new: str
+) -> None:
+    config = world.settings(f"changed-{new}", max_steps=7, save_every_n_steps=2, ema_decay_rate=0.9)
+    assert world.train(config, at={2: stop()}) == 143
+    changed = {"optimizer": new, "lr": 1e-3, "weight_decay": 0.5}
+    (world.folder / f"changed-{new}.optimizer.json").write_text(json.dumps(changed))
+    poisoned(monkeypatch, "loss", {3, 4, 5})
+    assert world.train(config, "--resume", "latest", "--resume_changed") == 0
+    run = newest_run(world.logdir(config))
+    assert events(run, "rolled_back")[0]["to"] == 2
+    told = [event["message"] for event in events(run, "roll_back")]
+    assert [("starts afresh" in line) for line in told] == ([True] * 2 if new == "lion" else [])
+    state = json.loads((run / "checkpoints" / "step-0000000007" / "state.json").read_bytes())
+    for part in state["optimizers"].values():
+        [leaf] = part["leaves"]
+        assert new in leaf["class"].lower() and leaf["groups"][0]["values"]["weight_decay"] == 0.5
+
+
 def test_without_a_checkpoint_to_go_back_to_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     poisoned(monkeypatch, "loss", {1, 2, 3})
     config = world.settings("no-way-back", save_every_n_steps=None)
@@ -534,7 +585,7 @@ def test_the_checkpoints_removed_under_way_come_again(world: World, straight: Pa
     config = world.settings("removed")
 
     def remove() -> None:
-        os.rename(newest_run(world.logdir(config)) / "checkpoints", world.folder / "taken away")
+        os.rename(after_the_save(newest_run(world.logdir(config))) / "checkpoints", world.folder / "taken away")
 
     assert world.train(config, at={3: remove}) == 0
     run = newest_run(world.logdir(config))
@@ -547,7 +598,7 @@ def test_a_run_whose_folder_was_moved_away_under_way_can_be_resumed(world: World
     config = world.settings("moved")
 
     def move() -> None:
-        os.rename(newest_run(world.logdir(config)), world.folder / "moved away")
+        os.rename(after_the_save(newest_run(world.logdir(config))), world.folder / "moved away")
 
     assert world.train(config, at={3: move, 5: stop()}) == 143
     assert steps(world.folder / "moved away") == [2]

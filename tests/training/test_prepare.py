@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from everydream.config.compare import changes
+from everydream.config.resolve import resolve
 from everydream.errors import ConfigError
-from everydream.runtime import asked_processes, refuse_lone_process
-from everydream.training import build
-from everydream.training.prepare import accumulation
+from everydream.runtime import StopRequest, asked_processes, refuse_lone_process
+from everydream.training import build, lock
+from everydream.training.console import Console
+from everydream.training.prepare import Prepared, accumulation
 from tests.tiny import make_pictures
-from tests.training.runs import lines, only_run, options, start, tensors
+from tests.training.runs import clean_process, lines, only_run, options, start, tensors
 
 
 @pytest.fixture
@@ -36,6 +41,84 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(
     # 4 square and 3 wide pictures in batches of 2: 6 and 4 whole ones in 3 epochs, one wide picture is left over
     for line in ("samples: 7", "total steps: 5", "1 pictures of the last epoch fill no batch", "unet", "text_encoder"):
         assert line in plan
+
+
+@pytest.mark.parametrize("settings", [
+    {"max_steps": 1}, {"max_steps": 4}, {"max_steps": None, "max_epochs": 9}, {"max_steps": 4, "seed": 3}
+], ids=str)  # fmt: skip
+def test_steps_an_epoch_do_not_depend_on_where_the_run_ends(
+    settings: dict[str, object], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_pictures(tmp_path / "pictures", 10, captions="a thing")
+    assert start(*options(tiny_model, tmp_path / "pictures", tmp_path, batch_size=4, **settings), "--dry_run") == 0
+    assert "steps an epoch: 2.5" in capsys.readouterr().out
+
+
+def test_a_revision_of_a_local_model_is_only_said_to_be_without_effect(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(*options(tiny_model, pictures, tmp_path, base_model_revision="main"), "--dry_run") == 0
+    assert "base_model_revision" in capsys.readouterr().out
+
+
+def test_a_model_with_fewer_timesteps_is_trained_over_all_of_them_and_repeated(
+    tiny_model: Path, pictures: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_bytes()), "num_train_timesteps": 500}))
+    words = options(model, pictures, tmp_path, max_steps=1)
+    assert start(*words) == 0
+    assert start("--config", only_run(tmp_path) / "config.json", "--logdir", tmp_path / "again") == 0
+    assert start(*words, "--timestep_end", "null", "--dry_run") == 0
+    assert start(*words, "--timestep_end", "700", "--dry_run") == 2
+
+
+def test_a_resumed_run_names_the_seed_that_it_keeps(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = options(tiny_model, pictures, tmp_path, max_steps=1, seed=-1, quiet=False)
+    assert start(*words) == 0
+    assert "was drawn" in "".join(capfd.readouterr())
+    words[words.index("--max_steps") + 1] = "2"
+    assert start(*words, "--resume", "latest") == 0
+    assert "was drawn" not in "".join(capfd.readouterr())
+
+
+def test_instance_prompt_is_the_caption_of_validations_pictures_too(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seed in (("pictures", 0), ("held out", 1)):
+        make_pictures(tmp_path / name, 4, captions=None, seed=seed)
+    validation = tmp_path / "validation.json"
+    validation.write_text(json.dumps({"val_split_mode": "manual", "manual_data_root": str(tmp_path / "held out")}))
+    words = options(tiny_model, tmp_path / "pictures", tmp_path, validation_config=validation, instance_prompt="a sks")
+    with clean_process():
+        prepared = Prepared(resolve(words, {}), changes, StopRequest(), Console("quiet"))
+    assert {one.caption for samples in prepared.scanned.values() for one in samples} == {"a sks"}
+
+
+def test_class_pictures_that_only_the_base_model_could_make_are_asked_for_at_once(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = options(tiny_model, pictures, tmp_path, max_steps=1)
+    assert start(*words) == 0
+    words[words.index("--max_steps") + 1] = "2"
+    make_pictures(tmp_path / "class", 2, captions="a star", seed=4)
+    more = ["--resume", "latest", "--resume_changed", "--class_data_root", tmp_path / "class"]
+    wanted = ["--class_prompt", "a star", "--num_class_images", 3]
+    for action in (["--dry_run"], []):
+        assert start(*words, *more, *wanted, *action) == 2
+        assert "num_class_images: 3" in capsys.readouterr().err
+        lock.release_all()
+    assert start(*words, *more) == 0
+
+
+def test_masks_that_are_not_there_are_said(
+    tiny_model: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(*options(tiny_model, pictures, tmp_path, masked_loss=True), "--dry_run") == 0
+    assert "masked_loss is without effect" in capsys.readouterr().out
 
 
 def test_the_dry_run_counts_what_training_uses(

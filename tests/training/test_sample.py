@@ -90,7 +90,9 @@ def test_a_run_and_its_checkpoint_are_models_with_their_recipe(run: Runner, tiny
 
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
-    (folder / "config.json").write_text('{"settings": {"clip_skip": {"value": 1, "origin": "train.json"}}}')
+    then, now = ({"clip_skip": {"value": value}, "seed": {"value": 5}} for value in (1, 0))
+    config = {"settings": now, "run": {"earlier": [{"until_step": 3, "settings": then}]}}  # changed since
+    (folder / "config.json").write_text(json.dumps(config))
     files = {f"model/{p.relative_to(tiny_model)}": Copy(p) for p in tiny_model.rglob("*") if p.is_file()}
     checkpoint = commit(folder / "checkpoints", 3, files)
     wanted = expected(tiny_model, "the star", clip_skip=1)
