@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from everydream.models.files import FileContent
 
-PARTS = ("unet", "text_encoder", "vae")  # the parts that have weights; the first two can be trained
-
 
 @dataclass(frozen=True)
 class FamilyRow:
@@ -89,11 +87,6 @@ class Facts:
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Part → published name → shape."""
         return {part: dict(weights.shapes) for part, weights in self.weights.items()}
-
-    @property
-    def bytes(self) -> dict[str, int]:
-        """Part → bytes of its weights in the file."""
-        return {part: weights.bytes for part, weights in self.weights.items()}
 
 
 class Family(Protocol):

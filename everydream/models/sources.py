@@ -34,9 +34,7 @@ class Header:
 
     path: Path
     shapes: Mapping[str, Shape]
-    sizes: Mapping[str, int]  # bytes
     metadata: Mapping[str, str]
-    bytes: int
     pickled: bool = False
 
 
@@ -52,10 +50,6 @@ class PartWeights:
         """Published name → shape."""
         shapes = self.header.shapes
         return {name: move.published_shape(shapes[move.original]) for move in self.moves for name in move.published}
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.header.sizes[move.original] for move in self.moves)
 
     @property
     def can_be_copied(self) -> bool:
@@ -92,7 +86,7 @@ def locate(base_model: str, *, revision: str | None, allow_pickle: bool) -> Path
 
 
 def read_header(path: Path, *, allow_pickle: bool, what: str = "base_model") -> Header:
-    """Names, shapes and sizes of a weight file, checked against its size: a file cut short is found here."""
+    """Names and shapes of a weight file, checked against its size: a file cut short is found here."""
     if path.suffix != ".safetensors":
         return _read_pickled_header(path, allow_pickle, what)
     try:
@@ -119,9 +113,7 @@ def read_header(path: Path, *, allow_pickle: bool, what: str = "base_model") -> 
     return Header(
         path=path,
         shapes={name: tuple(entry["shape"]) for name, entry in content.items()},
-        sizes={name: last - first for name, (first, last) in offsets.items()},
         metadata=metadata,
-        bytes=size,
     )
 
 
@@ -137,9 +129,7 @@ def _read_pickled_header(path: Path, allow_pickle: bool, what: str) -> Header:
     return Header(
         path=path,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        sizes={name: tensor.nbytes for name, tensor in tensors.items()},
         metadata={},
-        bytes=path.stat().st_size,
         pickled=True,
     )
 

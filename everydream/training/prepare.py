@@ -403,16 +403,12 @@ def _of(name: str, note: str) -> str:
 
 
 def accumulation(batch_size: int, grad_accum: int, global_batch_size: int | None, processes: int) -> int:
-    """Micro-batches a process adds up for one update. Raises ConfigError where global_batch_size cannot be divided."""
+    """Micro-batches a process adds up for one update."""
     if global_batch_size is None:
         return grad_accum
-    share = batch_size * processes
-    if global_batch_size % share:
-        raise ConfigError(
-            f"global_batch_size: {global_batch_size} cannot be divided by {processes} processes × batch_size "
-            f"{batch_size} = {share}. Use {max(1, round(global_batch_size / share)) * share}, or another batch_size"
-        )
-    return global_batch_size // share
+    rounds, rest = divmod(global_batch_size, batch_size * processes)
+    assert not rest, f"global_batch_size {global_batch_size}, {processes} processes × batch_size {batch_size}"
+    return rounds
 
 
 def default_cache_dir() -> Path:

@@ -8,7 +8,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from everydream.training.storage import Bytes, write_atomically
 if TYPE_CHECKING:
     from everydream.runtime import Ranks
     from everydream.training.log import NullLog
-
-Result = TypeVar("Result")
 
 BEFORE_AFTER = "before_after.png"
 BATCH_SIZE = 4  # pictures at a time; halved where memory does not do

@@ -18,7 +18,6 @@ class RawTensor:
     dtype: str
     shape: tuple[int, ...]
     start: int  # in the file
-    bytes: int
 
     @property
     def size(self) -> int:
@@ -44,6 +43,6 @@ def read_header(path: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        tensors[name] = RawTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start)
+        start, _ = entry["data_offsets"]
+        tensors[name] = RawTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + start)
     return tensors, metadata

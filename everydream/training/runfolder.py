@@ -44,14 +44,6 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
-    def exports(self) -> Path:
-        return self.folder / "exports"
-
-    @property
-    def samples(self) -> Path:
-        return self.folder / "samples"
-
-    @property
     def about(self) -> dict[str, Any]:
         """Counter, project and time of creation, from config.json; empty where there is none."""
         try:
@@ -187,10 +179,6 @@ class Resume:
     checkpoint: Path | None
     skipped: tuple[Skipped, ...] = ()
     note: str = ""
-
-    @property
-    def step(self) -> int:
-        return (step_of(self.checkpoint) or 0) if self.checkpoint else 0
 
 
 def resolve_resume(resume: str, logdir: Path, project_name: str) -> Resume:

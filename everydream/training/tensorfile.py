@@ -45,41 +45,36 @@ Shapes = Mapping[str, Shape]  # by name
 
 @dataclass(frozen=True)
 class Tensors:
-    """A safetensors file. `dtype` casts floating tensors as they are written (an export in float16).
+    """A safetensors file.
 
     Transformers refuses a weights file whose metadata does not name its framework, hence the default.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
-    dtype: torch.dtype | None = None
 
     def write(self, out: Output) -> None:
         order = self.order()
         out.write(self.header(order))
         for _, tensor in order:
-            out.write(as_bytes(tensor.detach().to("cpu", self.dtype_of(tensor))))
+            out.write(as_bytes(tensor.detach().cpu()))
 
     @cached_property
     def shapes(self) -> Shapes:
         """Of each tensor, as it stands in the file."""
-        return {name: (self.dtype_of(tensor), tensor.shape) for name, tensor in self.tensors.items()}
+        return {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()}
 
     def order(self) -> list[tuple[str, Tensor]]:
         """As they stand in the file: wide types first, then every tensor starts at a multiple of its own width."""
-        return sorted(self.tensors.items(), key=lambda item: (-self.dtype_of(item[1]).itemsize, item[0]))
-
-    def dtype_of(self, tensor: Tensor) -> torch.dtype:
-        return self.dtype if self.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return sorted(self.tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
 
     def header(self, order: Sequence[tuple[str, Tensor]]) -> bytes:
         """All that comes before the tensors' bytes. `order`: this file's, which takes some time to find."""
         header: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
         start = 0
         for name, tensor in order:
-            dtype = self.dtype_of(tensor)
-            end = start + tensor.numel() * dtype.itemsize
-            header[name] = {"dtype": DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+            end = start + tensor.numel() * tensor.dtype.itemsize
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

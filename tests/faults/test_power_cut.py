@@ -44,7 +44,7 @@ def record(root: Path, without: int | None = None) -> Recorder:
     disk.mark("second")
     Retention(run.checkpoints, 1, disk).apply()
     disk.mark("deleted")
-    write_atomically(run.exports / "cat.safetensors", Bytes(b"export"), disk)
+    write_atomically(run.folder / "exports" / "cat.safetensors", Bytes(b"export"), disk)
     disk.mark("exported")
     run.lock.release()
     return disk
@@ -69,7 +69,7 @@ def broken_law(found: Path, done: set[str]) -> str:
         problem = checkpoint.verify(path) or _differs(path)
         if problem:
             return f"{path.name}: {problem}"
-    export = run.exports / "cat.safetensors"
+    export = run.folder / "exports" / "cat.safetensors"
     if export.exists() and export.read_bytes() != b"export":
         return "half an export has an export's name"
     return "the export is gone" if "exported" in done and not export.exists() else ""

@@ -54,15 +54,6 @@ def test_hash_and_size_are_of_what_lies_on_the_disk(tmp_path: Path) -> None:
     assert (written.size, written.sha256) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_dtype_casts_floating_tensors_only(tmp_path: Path) -> None:
-    write_atomically(
-        tmp_path / "a", Tensors({"w": torch.tensor([1.0, 1e-9]), "ids": torch.arange(3)}, dtype=torch.bfloat16)
-    )
-    read = read_tensors(tmp_path / "a")
-    assert read["w"].dtype == torch.bfloat16 and torch.equal(read["w"], torch.tensor([1.0, 1e-9]).bfloat16())
-    assert torch.equal(read["ids"], torch.arange(3))
-
-
 def test_read_tensors_outlive_their_file(tmp_path: Path) -> None:
     write_atomically(tmp_path / "a", Tensors({"w": torch.arange(1000)}))
     read = read_tensors(tmp_path / "a")

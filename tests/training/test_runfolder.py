@@ -283,7 +283,7 @@ def test_latest_skips_what_is_damaged_and_says_so(tmp_path: Path) -> None:
     damage(run.checkpoints / "step-0000000003")
     for what in ("latest", run.folder):
         found = resume(what, tmp_path)
-        assert found.checkpoint == run.checkpoints / "step-0000000002" and found.step == 2
+        assert found.checkpoint == run.checkpoints / "step-0000000002"
         assert [skipped.path.name for skipped in found.skipped] == ["step-0000000003"]
 
 
