@@ -12,6 +12,7 @@ those files. Cores share their memory, so on many machines this is not nothing; 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -55,6 +56,8 @@ def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, A
     model, resolution = model_of(size, folder)
     settle: list[Callable[[], None]] = [lambda: None]
     step, contents = training(model, resolution, options.device, lambda: settle[0]())
+    gc.collect()
+    gc.freeze()  # as the trainer does
     savers = {way: Saver(folder / size / way, background=way == "background", keep_last=1) for way in WAYS}
     settle[0] = savers["background"].settle
     seconds: dict[str, list[float]] = {key: [] for key in ("step", "waiting", "begin", "snapshot", "background")}

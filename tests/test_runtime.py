@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 
 from everydream.errors import ConfigError
-from everydream.runtime import is_lost_process, set_determinism
+from everydream.runtime import is_lost_process, set_determinism, settled_objects
 from tests.training.processes import on_processes
 
 
@@ -150,3 +150,13 @@ def test_as_many_files_may_be_open_as_the_system_lets_us() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), "never fewer"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_objects_are_settled_while_training_and_no_longer() -> None:
+    import gc
+
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(KeyboardInterrupt), settled_objects():
+        assert gc.get_freeze_count() > 1000
+        raise KeyboardInterrupt
+    assert gc.get_freeze_count() == 0

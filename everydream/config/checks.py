@@ -149,10 +149,7 @@ class _Rules:
         for (key, root), written in product(self._pictures(), ("logdir", "save_ckpt_dir", "cache_dir")):
             folder = self.values.get(written)
             if folder is not None and _lies_in(folder, root):
-                why = (
-                    "previews would be read as pictures" if written == "logdir" else "nothing is written among pictures"
-                )
-                self._problem((written, key), f"{why}. Choose another folder")
+                self._problem((written, key), "nothing is written among pictures. Choose another folder")
         roots = self.values.get("data_root", ())
         for name, extra in (self.values.get("validation.extra_manual_datasets") or {}).items():
             if any(_lies_in(extra, root) or _lies_in(root, extra) for root in roots):

@@ -89,12 +89,9 @@ class Plan:
     @cached_property
     def signature(self) -> str:
         """The same for plans that cut the same pictures in the same way, wherever they start."""
-        pictures = [
-            [size, identities, rate.p.tolist(), rate.q.tolist()]
-            for size, identities, rate in ((size, self.buckets[size], rate) for size, rate in self._rates.items())
-        ]
+        pictures = [[size, self.buckets[size], rate.p.tolist(), rate.q.tolist()] for size, rate in self._rates.items()]
         said = json.dumps([self.name, self.batch_size, self.seed, pictures])
-        return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
 
     def micro_batch(self, index: int) -> tuple[Draw, ...]:
         """`batch_size` draws of one bucket."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,4 +45,11 @@ class CopyOf:
     file: HeldFile
 
 
-FileContent = bytes | TensorFile | CopyOf
+@dataclass(frozen=True)
+class Unchanged:
+    """A safetensors file of a part that is not trained, the same at every save: read only when it is written."""
+
+    read: Callable[[], Mapping[str, Tensor]]
+
+
+FileContent = bytes | TensorFile | CopyOf | Unchanged

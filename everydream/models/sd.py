@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from everydream.models.autoencoder import Autoencoder
 from everydream.models.clip import TextEncoder
 from everydream.models.family import Facts
-from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.files import CopyOf, FileContent, TensorFile, Unchanged
 from everydream.models.layers import ATTENTION
 from everydream.models.tensors import NoInit, PartReader, check_names
 from everydream.models.tokenizer import Tokenize
@@ -189,7 +189,7 @@ class StableDiffusion:
         if part in snapshot:
             return TensorFile(snapshot[part])
         reader = self._readers[part]
-        return CopyOf(reader.file) if reader.weights.can_be_copied else TensorFile(reader.read())
+        return CopyOf(reader.file) if reader.weights.can_be_copied else Unchanged(reader.read)
 
     def _read(self, part: str) -> Any:
         where = f"base_model: {self.facts.weights[part].header.path}"

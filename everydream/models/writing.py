@@ -32,7 +32,7 @@ def folder_files(facts: Facts, scheduler: Config, weights: Mapping[str, FileCont
             config["torch_dtype"] = config.pop("dtype")
         files[f"{part}/config.json"] = _json(config)
         files[f"{part}/{STEMS[part]}.safetensors"] = content
-    return files | {f"tokenizer/{name}": content for name, content in facts.tokenizer.files().items()}
+    return files | {f"tokenizer/{name}": content for name, content in facts.tokenizer.files.items()}
 
 
 def single_file(

@@ -18,14 +18,14 @@ from torch.optim import Optimizer
 from everydream.data.fingerprint import Fingerprint
 from everydream.errors import CheckpointError
 from everydream.models.family import Family
-from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.files import CopyOf, FileContent, TensorFile, Unchanged
 from everydream.optim.ema import EMA, NoEMA
 from everydream.training import optimizer_state
 from everydream.training.checkpoint import find_latest
 from everydream.training.saver import Contents, Exports
 from everydream.training.state import TrainState
 from everydream.training.storage import Bytes, Content, Copy
-from everydream.training.tensorfile import Tensors, read_tensors
+from everydream.training.tensorfile import Tensors, UnchangedTensors, read_tensors
 
 MODEL, OPTIMIZER, EMA_FILE, STATE, DATA = "model", "optimizer.safetensors", "ema.safetensors", "state.json", "data.json"
 WEIGHTS = {"unet": "unet/diffusion_pytorch_model.safetensors", "text_encoder": "text_encoder/model.safetensors"}
@@ -136,4 +136,6 @@ def as_content(content: FileContent) -> Content:
         return Tensors(content.tensors, content.metadata)
     if isinstance(content, CopyOf):
         return Copy(Path(content.file.name))
+    if isinstance(content, Unchanged):
+        return UnchangedTensors(content.read)
     return Bytes(content)

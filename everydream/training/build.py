@@ -27,7 +27,7 @@ from everydream.optim.clip import grad_holders
 from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
-from everydream.runtime import StopRequest, is_lost_process
+from everydream.runtime import StopRequest, is_lost_process, settled_objects
 from everydream.training import feed
 from everydream.training.bag import Bag, no_exports
 from everydream.training.checkpoint import folders, step_of
@@ -128,7 +128,8 @@ class Build:
         self._say_start()
         trainer = self.trainer()
         try:
-            signum = train(trainer)
+            with settled_objects():
+                signum = train(trainer)
         except (DataError, RuntimeError) as error:
             if isinstance(error, DataError) or is_lost_process(error):
                 self._rescue(trainer)

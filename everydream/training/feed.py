@@ -103,7 +103,7 @@ def cache_texts(
     progress: Progress,
 ) -> TextCache:
     """The embeddings of all captions, with a frozen text encoder."""
-    words = {name: hashlib.sha256(content).hexdigest() for name, content in family.facts.tokenizer.files().items()}
+    words = {name: hashlib.sha256(content).hexdigest() for name, content in family.facts.tokenizer.files.items()}
     cache = TextCache(
         folder, repr((family.digest("text_encoder") + _precision(), sorted(words.items()), clip_skip, chunks))
     )

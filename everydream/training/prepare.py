@@ -325,7 +325,7 @@ class Prepared:
         return samples
 
     def picture_set(self, name: str, samples: Sequence[Sample]) -> PictureSet:
-        """Raises nothing: what the checkpoint's plan was cut from otherwise (--resume_changed) begins anew."""
+        """Its plan goes on where the checkpoint's was; one that is cut otherwise (--resume_changed) begins anew."""
         state, settings = self.start.state, self.settings
 
         def made_from(start: Sequence[int]) -> PictureSet:

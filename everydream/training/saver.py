@@ -17,7 +17,7 @@ from everydream.training.checkpoint import commit, read_manifest
 from everydream.training.retention import Retention
 from everydream.training.snapshot import HostMemory, finished
 from everydream.training.storage import DISK, Bytes, ChangedFile, Content, Copy, Files, write_atomically
-from everydream.training.tensorfile import Tensors
+from everydream.training.tensorfile import Tensors, UnchangedTensors
 
 Contents = Mapping[str, Content]
 Exports = Mapping[Path, Callable[[Path], Content]]  # file → its content, made from the checkpoint's folder
@@ -192,7 +192,7 @@ class Saver:
             return commit(self._checkpoints, step, contents, self._files)
 
     def _from_last(self, contents: Contents) -> Contents:
-        """Files that only are copied come from the run's last checkpoint, which knows their hashes.
+        """Files that are the same at every save come from the run's last checkpoint, which knows their hashes.
 
         The base model may have been moved or changed by now; and in one file system nothing need be copied at all.
         """
@@ -204,7 +204,7 @@ class Saver:
             return contents
         result = dict(contents)
         for name, content in contents.items():
-            if isinstance(content, Copy) and name in known and (self._last / name).is_file():
+            if isinstance(content, Copy | UnchangedTensors) and name in known and (self._last / name).is_file():
                 result[name] = Copy(self._last / name, known[name]["sha256"])
         return result
 

@@ -19,7 +19,7 @@ class Encoder:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._names: dict[tuple[object, ...], str] = {}
+        self._at: dict[int, list[str]] = {}  # address → names of the tensors that begin there
 
     def each(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         return {key: self.encode(value, f"{where}/{key}") for key, value in values.items()}
@@ -47,8 +47,12 @@ class Encoder:
         )
 
     def _store(self, name: str, tensor: Tensor) -> str:
-        name = self._names.setdefault(identity(tensor), name)
-        self.tensors[name] = tensor.detach()
+        here = self._at.setdefault(tensor.data_ptr(), [])
+        for other in here:
+            if identity(self.tensors[other]) == identity(tensor):
+                return other
+        here.append(name)
+        self.tensors[name] = tensor.detach() if tensor.requires_grad else tensor
         return name
 
 

@@ -197,6 +197,17 @@ def test_a_new_start_begins_with_empty_queues_at_its_place() -> None:
         plan.micro_batch(10)
 
 
+def test_a_signature_tells_the_plans_that_give_other_batches() -> None:
+    usual = make([4, 3], 2)
+    others = [
+        make([4, 3], 1), make([4, 3], 2, 8), make([4, 4], 2), make([3, 4], 2), make([4, 3], 2, name="class"),
+        *(make([4, 3], 2, multiplies={"subject/(64, 64)-0.png": rate}) for rate in (0.5, 0.0)),
+    ]  # fmt: skip
+    assert len({plan.signature for plan in (usual, *others)}) == 1 + len(others)
+    assert {stream(plan, 3) == stream(usual, 3) for plan in others} == {False}
+    assert usual.signature == make([4, 3], 2, start=(11, 4)).signature == pickle.loads(pickle.dumps(usual)).signature
+
+
 @pytest.mark.parametrize("multiplies", [None, {"subject/(64, 64)-0.png": 0.0}])
 def test_nothing_to_draw_is_an_error(multiplies) -> None:
     with pytest.raises(DataError, match="multiply is 0"):

@@ -58,6 +58,6 @@ def _tokenizer(facts: Facts) -> Any:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        for name, content in facts.tokenizer.files().items():
+        for name, content in facts.tokenizer.files.items():
             (Path(folder) / name).write_bytes(content)
         return CLIPTokenizer.from_pretrained(folder)

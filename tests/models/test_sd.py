@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from everydream.errors import ConfigError
 from everydream.models.family import Family, load, read_facts
-from everydream.models.files import CopyOf, FileContent, TensorFile
+from everydream.models.files import CopyOf, FileContent, TensorFile, Unchanged
 from everydream.models.writing import single_file
 from tests.tiny import make_tiny_model
 
@@ -38,6 +38,8 @@ def write(files: dict[str, FileContent], folder: Path) -> Path:
         if isinstance(content, TensorFile):
             tensors = {n: t.detach().contiguous() for n, t in content.tensors.items()}
             save_file(tensors, path, dict(content.metadata))
+        elif isinstance(content, Unchanged):
+            save_file(dict(content.read()), path, {"format": "pt"})
         else:
             path.write_bytes(Path(content.file.name).read_bytes() if isinstance(content, CopyOf) else content)
     return folder

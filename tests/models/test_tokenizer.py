@@ -36,7 +36,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param.startswith("tiny"):
         return make_tiny_model(path, openclip="openclip" in request.param) / "tokenizer"
     files = clip_tokenizer("!" if "2" in request.param else "<|endoftext|>")
-    for name, content in files.files().items():
+    for name, content in files.files.items():
         (path / name).write_bytes(content)
     return path
 
@@ -98,7 +98,7 @@ def test_the_form_that_transformers_5_writes_is_read_alike(folder: Path, tmp_pat
 
 def test_files_are_the_published_four_and_read_back_alike(folder: Path, tmp_path: Path) -> None:
     tokenizer = read_tokenizer(folder)
-    files = tokenizer.files()
+    files = tokenizer.files
     assert set(files) == {"vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -115,7 +115,7 @@ def test_added_words_keep_their_numbers(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         ours(["a <creature> there"])[0, 0], theirs("a <creature> there", padding="max_length", max_length=77).input_ids
     )
-    assert json.loads(tokenizer.files()["added_tokens.json"]) == {"<creature>": number}
+    assert json.loads(tokenizer.files["added_tokens.json"]) == {"<creature>": number}
 
 
 @pytest.mark.parametrize(

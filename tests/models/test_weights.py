@@ -61,7 +61,7 @@ def write_folder(folder: Path, configs: dict[str, Any], pad: str, dtype: torch.d
     (folder / "scheduler").mkdir()
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
     (folder / "tokenizer").mkdir()
-    for name, content in clip_tokenizer(pad).files().items():
+    for name, content in clip_tokenizer(pad).files.items():
         (folder / "tokenizer" / name).write_bytes(content)
     return folder
 
