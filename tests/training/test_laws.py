@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
+from everydream.models.family import read_facts
+from everydream.models.tensors import PartReader
+from everydream.models.writing import single_file
 from everydream.optim.table import ROWS
 from everydream.training import snapshot
+from everydream.training.bag import as_content
+from everydream.training.storage import write_atomically
 from tests.tiny import make_pictures
 from tests.training.runs import assert_same_tensors, lines, metrics, only_run, options, start, tensors
 
@@ -244,3 +250,24 @@ def test_a_schedule_free_class_is_saved_as_its_row_is(tiny_model: Path, pictures
         trained = {key: value for key, value in saved.items() if "training_weights" in key}
         assert trained and not any(torch.equal(value, made[name].get(key, value + 1)) for key, value in trained.items())
     assert_same_tensors(*made.values())
+
+
+def test_what_is_not_trained_of_a_single_file_is_read_once_and_not_by_the_training(
+    tiny_model: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = single_file(read_facts(str(tiny_model)), dtype=None, title="tiny", date="2026-01-01")
+    write_atomically(tmp_path / "tiny.safetensors", as_content(made))
+    readers, read = list[str](), PartReader.read
+
+    def told(self: PartReader, **how: Any) -> dict[str, torch.Tensor]:
+        readers.append(threading.current_thread().name)
+        return read(self, **how)
+
+    monkeypatch.setattr(PartReader, "read", told)
+    words = options(tmp_path / "tiny.safetensors", pictures, tmp_path, max_steps=3, save_every_n_steps=1,
+                    disable_textenc_training=True)  # fmt: skip
+    assert start(*words) == 0
+    assert readers[-2:] == ["save step 1"] * 2, "autoencoder and text encoder; later saves copy them"
+    first, last = (tensors(only_run(tmp_path) / "checkpoints" / f"step-{n:010d}") for n in (1, 3))
+    frozen = [name for name in first if name.startswith(("model/vae", "model/text_encoder"))]
+    assert frozen and all(torch.equal(first[name], last[name]) for name in frozen)
