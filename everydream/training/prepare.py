@@ -338,7 +338,7 @@ class Prepared:
             self._begin_plan(name)
             made = made_from(state.plan_starts[name])
             epoch = made.plan.start[1]
-            self.notes.append(f"{name}: batches are cut otherwise than before, and begin anew with epoch {epoch}")
+            self.notes.append(f"{name}: batches are cut otherwise than before, and begin anew with epoch {epoch + 1}")
         state.plans[name] = how
         named = {sample.identity: sample for sample in samples}
         self.notes += [_of(name, line) for line in size_notes(named, made.plan)]
