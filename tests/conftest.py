@@ -33,9 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
+    from everydream.optim.table import ROWS
+
     torch.set_num_threads(1)
     torch.backends.cudnn.deterministic = True  # what is compared bit for bit may not train with whatever is fastest
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+    for item in items:  # a machine with a card may have no network to get the optional ones from
+        of = getattr(item, "callspec", None)
+        for name in of.params.values() if of and item.get_closest_marker("gpu") else ():
+            package = ROWS[name].cls.split(".")[0] if isinstance(name, str) and name in ROWS else "torch"
+            if importlib.util.find_spec(package) is None:
+                item.add_marker(pytest.mark.skip(reason=f"{package} is not there"))
