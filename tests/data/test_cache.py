@@ -474,3 +474,18 @@ def test_real_latents_do_not_depend_on_neighbours_or_shares(family, folder: Path
     for request in requests:
         one, *others = (cache.moments(request) for cache in caches)
         assert all(np.array_equal(one, other) for other in others)
+
+
+def test_too_many_open_packs_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made anew at the next start they would be as many again."""
+    with PackWriter(tmp_path) as writer:
+        writer.add("a", np.zeros(3, np.float32))
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(24, os.strerror(24))
+
+    monkeypatch.setattr(np, "memmap", refused)
+    with pytest.raises(
+        DataError, match=r"Too many open files\): allow more open files \(ulimit -n\), 0 packs are open"
+    ):
+        Packs(tmp_path).load(["a"])
