@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from everydream.runtime import before_torch
+from everydream.process import before_torch
 
 # What setup.cfg installs, by the names that are imported.
 PACKAGES = {
@@ -43,9 +43,9 @@ def main(*, only_caches: bool = False) -> int:
         from everydream.config.cli import settings_or_exit
 
         resolved = settings_or_exit(sys.argv[1:])
-        from everydream.training import build  # torch and the rest: only once the settings are right
+        from everydream.training import run  # torch and the rest: only once the settings are right
 
-        return (build.cache if only_caches else build.run)(resolved)
+        return (run.cache if only_caches else run.run)(resolved)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import re
@@ -22,21 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Result = TypeVar("Result")
-
-PR_SET_PDEATHSIG = 1
-
-
-OPEN_FILES = 1 << 16  # each pack of a cache stays open; often 1,024 are allowed where nobody asks for more
-
-
-def before_torch() -> None:
-    """A script's first act: what comes too late once torch is there, some seconds from now."""
-    allow_open_files()
-    stop_with_launcher()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing to save yet, and where an import was is no news
-    # Threads that spin while they wait for each other cost 20-fold beside a process that works. The user's word counts.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def make_accelerator(mixed_precision: str, timeout_minutes: float) -> Accelerator:
@@ -200,36 +184,11 @@ class StopRequest:
             raise Stopped(self.signum)
 
 
-def stop_with_launcher() -> None:
-    """The one-process launcher dies of SIGTERM without telling the script: ask the kernel for one of our own.
-
-    Only under a launcher: a run started with nohup from a shell must outlive that shell.
-    """
-    if sys.platform != "linux" or not any(name.startswith("ACCELERATE_") for name in os.environ):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between, and the kernel has nothing left to tell
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
 def portable(error: Exception | None, rank: int) -> Exception | None:
     """As it goes to the other processes: ours as it is, a library's as text, for it may not go through pickle."""
     if error is None or isinstance(error, EveryDreamError):
         return error
     return RuntimeError(f"process {rank}: {error!r}")
-
-
-def allow_open_files() -> None:
-    if sys.platform == "win32":
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):  # macOS has a limit of its own below the hard one
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Ranks:

@@ -11,19 +11,21 @@ ROOT = Path(__file__).resolve().parent.parent
 FREE = {"errors", "draws", "optim.table"}  # import nothing of ours, and all may import them
 PACKAGES = {"config", "data", "diffusion", "models", "optim", "training"}
 ALLOWED: dict[str, set[str]] = {
+    "process": set(),
     "runtime": set(),
     "config": {"config"},
     "data": {"data"},
     "diffusion": {"diffusion"},
     "optim": {"optim"},
     "models": {"models", "diffusion"},
-    "training": {"runtime", *PACKAGES} - {"config"},
+    "training": {"process", "runtime", *PACKAGES} - {"config"},
     "scripts": {"config", "training", "__main__"},
     "__main__": {"config", "training"},
 }
 EXTRA = {  # file -> what it may import beyond its package's arrows
-    "everydream/__main__.py": {"runtime"},  # the launcher's end and signals, before anything else
-    "everydream/training/build.py": {"config"},  # settings stop at this door
+    "everydream/__main__.py": {"process"},  # the launcher's end and signals, before anything else
+    "everydream/training/run.py": {"config"},  # settings stop at these two doors
+    "everydream/training/build.py": {"config"},
     "scripts/sample.py": {"models"},
     "scripts/convert.py": {"models"},
 }

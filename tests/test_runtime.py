@@ -133,25 +133,6 @@ def test_determinism_is_torchs_switch_without_its_filling_of_memory(monkeypatch:
     assert not torch.are_deterministic_algorithms_enabled(), "the next run in this process is its own"
 
 
-def test_as_many_files_may_be_open_as_the_system_lets_us() -> None:
-    """A cache of a hundred thousand pictures keeps a thousand packs open; 1,024 files is what most shells allow."""
-    import resource
-
-    from everydream.runtime import OPEN_FILES, allow_open_files
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-        allow_open_files()
-        least = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (least, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        allow_open_files()
-        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard), "never fewer"
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 def test_objects_are_settled_while_training_and_no_longer() -> None:
     import gc
 

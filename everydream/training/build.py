@@ -7,40 +7,35 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from everydream.config.cli import print_result
-from everydream.config.compare import changes
 from everydream.config.redact import for_others
-from everydream.config.resolve import Resolved
 from everydream.config.show import differences
 from everydream.data.loader import Loader
-from everydream.errors import DataError, EveryDreamError, Stopped
+from everydream.errors import DataError
 from everydream.models.family import load
 from everydream.optim import factory
 from everydream.optim.clip import grad_holders
 from everydream.optim.ema import EMA, NoEMA
 from everydream.optim.groups import freeze, guard, table_lines
 from everydream.optim.schedules import base_lrs, lr_factor
-from everydream.runtime import StopRequest, is_lost_process, settled_objects
+from everydream.runtime import is_lost_process, settled_objects
 from everydream.training import feed
 from everydream.training.bag import Bag, no_exports
 from everydream.training.checkpoint import folders, step_of
 from everydream.training.clock import Due
-from everydream.training.console import Console
 from everydream.training.exports import SingleFiles
 from everydream.training.inputs import make_class_pictures, make_inputs, make_validation
-from everydream.training.log import NullLog, RunLog, has_finished
-from everydream.training.plan_text import plan_sections, plan_text
+from everydream.training.log import NullLog, RunLog
+from everydream.training.plan_text import plan_sections
 from everydream.training.prepare import Prepared
 from everydream.training.previews import NoPreviews, Previews
 from everydream.training.profile import make_profile
-from everydream.training.quiet import quiet_libraries
+from everydream.training.records import has_finished
 from everydream.training.report import write_report
 from everydream.training.resuming import begin_run, what_differs
 from everydream.training.runfolder import Run
@@ -52,57 +47,6 @@ from everydream.training.turns import Part, Trainer, forget_peak, memory_total
 from everydream.training.update import FusedUpdate, Update
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def run(resolved: Resolved) -> int:
-    """The whole run, or the plan of a dry one. Returns the exit code."""
-    return _guarded(resolved, Build.run)
-
-
-def cache(resolved: Resolved) -> int:
-    """Only the caches that the run would make, class pictures included. Returns the exit code."""
-    return _guarded(resolved, Build.cache)
-
-
-def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
-    """What is the user's to mend is printed without a traceback. `work` returns a signal's number, 0 for none."""
-    settings = resolved.settings
-    quiet_libraries(settings.verbose)
-    stop = StopRequest()
-    stop.install()
-    is_main = os.environ.get("RANK", "0") == "0"
-    level = "verbose" if settings.verbose else "quiet" if settings.quiet or not is_main else "normal"
-    console = Console(level)
-    build: Build | None = None
-    code, reason = 1, "a bug, see the traceback"
-    try:
-        prepared = Prepared(resolved, changes, stop, console)
-        if resolved.action == "dry_run":
-            if is_main:
-                print_result(plan_text(prepared))
-            return 0
-        build = Build(prepared)
-        signum = work(build)
-        code, reason = (128 + signum, build.stopped_by(signum)) if signum else (0, "finished")
-    except EveryDreamError as error:
-        code, reason = error.exit_code, str(error)
-        # A picture that one process alone cannot read is told by that one; all else all of them know.
-        if is_main or (build is not None and isinstance(error, DataError)):
-            console.say(reason, "info" if isinstance(error, Stopped) else "error")
-    except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        reason = (
-            f"process {os.environ.get('RANK', '0')} cannot reach the others: at least one died, or gave no answer for "
-            f"{settings.process_timeout_minutes:g} minutes ({error}). Its own last words say why. Go on from the last "
-            "checkpoint with --resume latest; if it only needed longer, raise process_timeout_minutes"
-        )
-        console.say(reason, "error")
-    finally:
-        if build is not None:
-            build.close(code, reason)
-        console.close()
-    return code
 
 
 class Build:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from everydream.training import jsonl
-from everydream.training.log import METRICS
+from everydream.training.records import METRICS
 
 if TYPE_CHECKING:
     from everydream.training.turns import Trainer

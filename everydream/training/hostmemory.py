@@ -7,11 +7,17 @@ from pathlib import Path
 
 import psutil
 
+from everydream.process import give_back_freed_memory
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
 def available(cgroup: Path = CGROUP) -> int:
-    """The machine's free memory, or what a container's limit leaves of it: past that limit the process is killed."""
+    """The machine's free memory, or what a container's limit leaves of it: past that limit the process is killed.
+
+    What this process holds without need is given back before.
+    """
+    give_back_freed_memory()
     return min(psutil.virtual_memory().available, *_left_in_container(cgroup))
 
 

@@ -17,8 +17,8 @@ from everydream.errors import ConfigError, Stopped
 from everydream.runtime import no_compiled_code
 from everydream.training import grids, prompts, sampling
 from everydream.training.divided import divided, on_main
-from everydream.training.log import SAMPLES, grid_files
 from everydream.training.prompts import Picture, Sampling
+from everydream.training.records import SAMPLES, grid_files
 from everydream.training.sampling import Parts
 from everydream.training.storage import Bytes, write_atomically
 

@@ -21,9 +21,10 @@ from typing import Any
 
 from everydream.training import jsonl
 from everydream.training.charts import Line, chart, smoothed
-from everydream.training.log import EVENTS, METRICS, grid_files, utc_now
+from everydream.training.log import utc_now
 from everydream.training.page import PAGE
 from everydream.training.progress import duration
+from everydream.training.records import EVENTS, METRICS, grid_files
 from everydream.training.storage import Bytes, write_atomically
 
 REPORT = "report.html"

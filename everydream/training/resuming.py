@@ -15,7 +15,7 @@ from everydream.runtime import Ranks
 from everydream.training.bag import DATA, MODEL, read_state
 from everydream.training.checkpoint import clean
 from everydream.training.divided import on_main
-from everydream.training.log import cut_back
+from everydream.training.records import cut_back
 from everydream.training.retention import supersede
 from everydream.training.runfolder import Run, make_run, resolve_resume
 from everydream.training.state import TrainState

@@ -210,8 +210,7 @@ class Saver:
 
     def _short_of(self, contents: Contents) -> str:
         needed = self._memory.missing(_tensors(contents))
-        free = self._free_memory() - SPARE
-        if needed == 0 or needed <= free:
+        if needed == 0 or needed <= (free := self._free_memory() - SPARE):
             return ""
         return (
             f"a background save would need {needed / 1e9:.1f} GB more memory and {max(free, 0) / 1e9:.1f} GB are free: "

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-CHUNK = 4 << 20  # bytes hashed and written in one go: larger leaves the processor's cache, smaller costs calls
+CHUNK = 1 << 20  # bytes hashed and written in one go: larger leaves the processor's cache, smaller costs calls
 FICLONE = 0x40049409  # linux/fs.h
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # network file systems that sync files only
 

@@ -52,12 +52,12 @@ class World:
     def train(self, config: Path, *arguments: str, at: dict[int, Callable[[], object]] | None = None) -> int:
         """The exit code. `at`: what happens right after the update that makes the step this number."""
         from everydream.config.resolve import resolve
-        from everydream.training import build
+        from everydream.training import run
 
         torch.manual_seed(torch.initial_seed() ^ 12345)  # whatever the process drew before must not matter
         with clean_process(), happening(at or {}):
             try:
-                return build.run(resolve(["--config", str(config), "--quiet", *arguments], {}))
+                return run.run(resolve(["--config", str(config), "--quiet", *arguments], {}))
             finally:
                 lock.release_all()  # as the end of the process would
 

@@ -82,7 +82,7 @@ class Lives:
     def __init__(self, world: World, config: Path) -> None:
         self.world, self.config = world, config
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["everydream.training.build", "tests.faults.running"])
+        self.context.set_forkserver_preload(["everydream.training.run", "tests.faults.running"])
         self.best = 0  # the highest step that was ever safe
         self.kills = 0
 

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from everydream.runtime import Ranks
 from everydream.training import checkpoint
+from everydream.training.bag import Bag
 from everydream.training.previews import Previews
 from everydream.training.runfolder import runs
 from everydream.training.storage import DISK, Files
@@ -508,6 +510,33 @@ def test_without_a_checkpoint_to_go_back_to_it_ends(world: World, monkeypatch: p
     config = world.settings("no-way-back", save_every_n_steps=None)
     assert world.train(config) == 3
     assert "no checkpoint to go back to" in events(newest_run(world.logdir(config)), "end")[0]["reason"]
+
+
+@pytest.mark.parametrize("elsewhere", [None, 1])
+def test_processes_that_see_unlike_checkpoints_do_not_go_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, elsewhere: int | None
+) -> None:
+    """As on two machines whose logdir is not one folder: `elsewhere` is what the other one found."""
+    poisoned(monkeypatch, "loss", {3, 4, 5})
+    found: list[int | None] = []
+    reload_latest, gather = Bag.reload_latest, Ranks.gather
+
+    def reloaded(bag: Bag, before: int) -> tuple[int | None, list[str]]:
+        step, told = reload_latest(bag, before)
+        found.append(step)
+        return step, told
+
+    def gathered(ranks: Ranks, value: Any) -> list[Any]:
+        values: list[Any] = gather(ranks, value)
+        return [*values, elsewhere] if found and value == found.pop() else values
+
+    monkeypatch.setattr(Bag, "reload_latest", reloaded)
+    monkeypatch.setattr(Ranks, "gather", gathered)
+    config = world.settings(f"unlike-{elsewhere}", max_steps=8, save_every_n_steps=2)
+    assert world.train(config) == 3
+    run = newest_run(world.logdir(config))
+    assert "logdir is not one folder for all machines" in events(run, "end")[0]["reason"]
+    assert not events(run, "rolled_back") and steps(run) == [2, 4]
 
 
 def test_two_roll_backs_end_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

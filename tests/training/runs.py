@@ -31,7 +31,7 @@ def clean_process() -> Iterator[None]:
 
 def start(*argv: object) -> int:
     """One run; returns its exit code."""
-    from everydream.training.build import run
+    from everydream.training.run import run
 
     torch.manual_seed(torch.initial_seed() ^ 12345)  # whatever the process drew before must not matter
     with clean_process():

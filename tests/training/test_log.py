@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from everydream.training import jsonl, log, trackers
+from everydream.training import jsonl, outlets, trackers
 from everydream.training.console import Console
-from everydream.training.log import NullLog, RunLog, cut_back
+from everydream.training.log import NullLog, RunLog
+from everydream.training.records import cut_back, grid_files
 from everydream.training.worker import Background
 from tests.tiny import make_pictures
 from tests.training import runs
@@ -190,7 +191,7 @@ def test_cut_back_leaves_what_the_checkpoint_knew(tmp_path: Path) -> None:
     assert records(tmp_path / "events.jsonl") == [{"kind": "start"}, {"step": 2}]
     for name in ("step-0000000003 copy.png", "step-0000000009(1).png", "step-9.jpg"):  # a person's
         (tmp_path / "samples" / name).touch()
-    assert sorted(log.grid_files(tmp_path)) == [0, 3]
+    assert sorted(grid_files(tmp_path)) == [0, 3]
     assert not list(tmp_path.glob(".*.new"))
 
 
@@ -322,7 +323,7 @@ def test_a_broken_tracker_is_told_once_and_gets_nothing_more(
 def test_a_tracker_that_hangs_does_not_hold_the_run(
     fake: list[FakeTracker], tmp_path: Path, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(outlets, "CLOSE_SECONDS", 0.05)
     monkeypatch.setattr(FakeTracker, "log", lambda *_, **__: time.sleep(1))
     run_log = RunLog(tmp_path, Console("normal", stream), trackers=["fake"])
     run_log.metrics(1, {"loss": 1.0})

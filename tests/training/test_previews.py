@@ -18,9 +18,10 @@ from everydream.models.family import Family, load, read_facts
 from everydream.runtime import Ranks
 from everydream.training import grids, sampling
 from everydream.training.console import Console
-from everydream.training.log import RunLog, grid_files
+from everydream.training.log import RunLog
 from everydream.training.previews import NoPreviews, Previews, guidance_columns, untouched_randomness
 from everydream.training.prompts import SCHEDULERS, Picture, Sampling, pictures
+from everydream.training.records import grid_files
 from everydream.training.sampling import Parts, batches, sample
 from tests.models.pipeline import pipeline_of
 from tests.training.processes import on_processes
