@@ -51,13 +51,15 @@ def main() -> None:
 def measure(size: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from models import model_of
 
+    from everydream.process import keep_freed_memory
     from everydream.training.saver import Saver
 
     model, resolution = model_of(size, folder)
     settle: list[Callable[[], None]] = [lambda: None]
     step, contents = training(model, resolution, options.device, lambda: settle[0]())
     gc.collect()
-    gc.freeze()  # as the trainer does
+    gc.freeze()  # as the trainer does; so with the memory
+    keep_freed_memory()
     savers = {way: Saver(folder / size / way, background=way == "background", keep_last=1) for way in WAYS}
     settle[0] = savers["background"].settle
     seconds: dict[str, list[float]] = {key: [] for key in ("step", "waiting", "begin", "snapshot", "background")}

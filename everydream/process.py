@@ -53,7 +53,7 @@ def allow_open_files() -> None:
 def keep_freed_memory() -> None:
     """glibc gives a step's memory back to the system as the step ends, and the next one faults it in page by page.
 
-    A tenth of a step on a CPU; with cards it is small. mallopt(3): a trim threshold of −1 is none. Whoever has set
+    Some per cent of a step on a CPU (docs/speed.md). mallopt(3): a trim threshold of −1 is none. Whoever has set
     glibc's own variables knows better.
     """
     libc = _glibc()
