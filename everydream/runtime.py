@@ -200,6 +200,13 @@ class Ranks:
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
 
+    def part(self) -> None:
+        """At a run's good end. Threads of gloo that are left to the end of the process may abort it there."""
+        import torch.distributed
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place, on the device."""
         if self.count > 1:

@@ -47,6 +47,7 @@ def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
         build = Build(prepared)
         signum = work(build)
         code, reason = (128 + signum, build.stopped_by(signum)) if signum else (0, "finished")
+        prepared.ranks.part()
     except EveryDreamError as error:
         code, reason = error.exit_code, str(error)
         # A picture that one process alone cannot read is told by that one; all else all of them know.
