@@ -200,8 +200,9 @@ class Ranks:
         self.device = accelerator.device
         self.is_main = accelerator.is_main_process
 
-    def part(self) -> None:
-        """At a run's good end. Threads of gloo that are left to the end of the process may abort it there."""
+    def leave(self) -> None:
+        """At an end that all processes know of. Threads of gloo that are left to the end of the process may abort it
+        there; with other processes in the middle of something, this could wait for them."""
         import torch.distributed
 
         if torch.distributed.is_available() and torch.distributed.is_initialized():

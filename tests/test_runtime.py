@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 import torch.distributed
 
 from everydream.errors import ConfigError
-from everydream.runtime import is_lost_process, set_determinism, settled_objects
+from everydream.runtime import Ranks, is_lost_process, set_determinism, settled_objects
 from tests.training.processes import on_processes
 
 
@@ -43,6 +44,15 @@ def test_different_files_are_refused_on_every_process_and_named() -> None:
 
 def test_the_same_files_are_not_refused() -> None:
     assert on_processes(3, lambda ranks: ranks.refuse_difference({"a": 1, "b": [2]}, "settings")) == [None] * 3
+
+
+def test_a_process_leaves_the_group_it_is_in(tmp_path: Path) -> None:
+    """Left to the end of the process, gloo's threads abort it now and then: "terminate called"."""
+    accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, device="cpu", is_main_process=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    Ranks(accelerator).leave()
+    assert not torch.distributed.is_initialized()
+    Ranks(accelerator).leave()  # a run of one process is in none
 
 
 def two_of_gloo() -> list[Any]:

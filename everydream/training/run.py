@@ -43,11 +43,12 @@ def _guarded(resolved: Resolved, work: Callable[[Build], int]) -> int:
         if resolved.action == "dry_run":
             if is_main:
                 print_result(plan_text(prepared))
+            prepared.ranks.leave()
             return 0
         build = Build(prepared)
         signum = work(build)
         code, reason = (128 + signum, build.stopped_by(signum)) if signum else (0, "finished")
-        prepared.ranks.part()
+        prepared.ranks.leave()
     except EveryDreamError as error:
         code, reason = error.exit_code, str(error)
         # A picture that one process alone cannot read is told by that one; all else all of them know.
